@@ -1,0 +1,256 @@
+"""The coordinator's loop: one turn whenever somebody rings, somebody dies, or something is due.
+
+    workers                         coordinator
+    -------                         -----------
+    ask, wait, attach, leave --.    .--> wait ------ timeout: tick, leases, somebody on the way out
+                               |    |     |
+                 doorbell (0 -> 1) -+     v
+    exit ----- pidfd ---------------'   take wants, read tickets      what is asked after this rings
+                                          |                           again, so nothing is missed
+                                          v
+                                        reap                          the liveness lock decides
+                                          |
+                                          v
+                                        plan                          pacing: pure
+                                          |
+                                          v
+                                        collect ---> stamps           pages begin to age
+                                          |
+                                          v
+                                        scavenge --> the kernel
+                                          |
+                                          v
+    HeapFull <------- refuse ---------- nothing found, all wait?      rule 16, S15
+    reports  <------- finish ---------- answer tickets
+                                          |
+                                          v
+                                        users left? --- no ---> close the heap, leave
+
+The first turn comes before the first wait: wants and deaths may date from a coordinator that was
+killed. Steps of one turn run in this order because each gives the next one more to find: reaping
+drops pins, collecting frees blocks, scavenging gives their pages back.
+
+Its own ticks keep nothing alive and hide nothing (S15): it leaves with the last user, and that it
+will look again is no reason to let anybody wait.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from shmheap.coordinator import (
+    ASK_GC,
+    ASK_SCAVENGE_AGED,
+    ASK_SCAVENGE_ALL,
+    ASKS,
+    WANT_MEMORY,
+    pacing,
+)
+from shmheap.coordinator.collector import collect, resume
+from shmheap.coordinator.pacing import Seen
+from shmheap.coordinator.reaper import Reaper
+from shmheap.coordinator.scavenger import scavenge
+from shmheap.stats import HeapStats
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Collection, Mapping
+
+    from shmheap.config import Config
+    from shmheap.coordinator import Clock, SlotKey, Steward, Wakeup
+    from shmheap.coordinator.pacing import Plan
+    from shmheap.coordinator.reaper import Reaped
+    from shmheap.coordinator.trace import Trace
+    from shmheap.stats import GCReport, ScavengeReport
+
+
+class Outcome(enum.Enum):
+    """What becomes of the coordinator after a turn."""
+
+    STAYS = "stays"
+    LEAVES = "leaves"  # and the heap stays as it is: another may take over
+    CLOSED = "closed"  # the heap had no users left and can get none any more
+
+
+class Coordinator:
+    """Serves one heap until its last user has left.
+
+    Args:
+        steward: the hold on the arena; nobody else has one.
+        config: the heap's.
+        clock: the time.
+        wakeup: sleeps.
+        trace: told of each wake-up that collected or scavenged.
+        log: told of deaths, refusals, and leases that pile up.
+        linger: stay on a heap that has no users until it has had one.
+    """
+
+    def __init__(
+        self,
+        steward: Steward,
+        config: Config,
+        clock: Clock,
+        wakeup: Wakeup,
+        trace: Trace,
+        log: logging.Logger,
+        *,
+        linger: bool = False,
+    ) -> None:
+        self._steward = steward
+        self._config = config
+        self._clock = clock
+        self._wakeup = wakeup
+        self._trace = trace
+        self._log = log
+        self._linger = linger
+        self._reaper = Reaper(steward, config, log)
+        self._started_ns = clock.monotonic_ns()
+        self._next_tick_ns = pacing.next_tick_ns(self._started_ns, config)
+        self._dead_bytes = self._lease_bytes = 0  # reaped since the last collection
+        self._look_again = False  # memory was found for who waits, who may still be waiting
+        self._warned = False
+        self._stopping = False
+
+    def run(self) -> Outcome:
+        """Take over, and serve until it is time to leave: LEAVES or CLOSED."""
+        resume(self._steward, self._clock, self._steward.begin(), self._config.gc_percent)
+        outcome = self.turn()
+        while outcome is Outcome.STAYS:
+            outcome = self.turn(self._wakeup.wait(self.wait_s(), self._reaper.watched))
+        return outcome
+
+    def stop(self) -> None:
+        """Leave after the next turn. To be called from a signal handler, which also rings."""
+        self._stopping = True
+
+    def wait_s(self) -> float:
+        """Return how long to sleep, seconds, if nobody rings."""
+        return pacing.wait_s(
+            self._clock.monotonic_ns(),
+            [self._next_tick_ns, *self._reaper.dues_ns],
+            soon=self._reaper.soon or self._look_again,
+        )
+
+    def turn(self, exited: Collection[SlotKey] = ()) -> Outcome:
+        """Do all that is due now; `exited` are the processes that are known to have ended."""
+        wants = self._steward.take_wants()
+        tickets = {kind: self._steward.pending(kind) for kind in ASKS}
+        reaped = self._reap(exited)
+        stats = HeapStats(**self._steward.stats())
+        plan = pacing.plan(self._seen(wants, tickets, stats, reaped), self._config)
+        gc = self._collect(plan)
+        scavenged = self._scavenge(plan, stats.committed_bytes)
+        self._look_again = plan.short and self._serve_waiters(reaped, gc, scavenged)
+        self._answer(tickets, gc, scavenged)
+        self._tell(plan, scavenged, stats)
+        return self._outcome()
+
+    def _reap(self, exited: Collection[SlotKey]) -> list[Reaped]:
+        reaped = self._reaper.reap(exited, self._clock.monotonic_ns())
+        self._dead_bytes += sum(one.dead_bytes for one in reaped)
+        self._lease_bytes += sum(one.lease_bytes for one in reaped)
+        return reaped
+
+    def _seen(
+        self, wants: int, tickets: Mapping[int, int], stats: HeapStats, reaped: list[Reaped]
+    ) -> Seen:
+        now_ns = self._clock.monotonic_ns()
+        ticked = now_ns >= self._next_tick_ns
+        if ticked:
+            self._next_tick_ns = pacing.next_tick_ns(now_ns, self._config)
+        # Who came to wait has rung. That all others wait too, or are dead, may come true silently.
+        still_waiting = self._reaper.waiting and (ticked or bool(reaped) or self._look_again)
+        return Seen(
+            now_ns=now_ns,
+            started_ns=self._started_ns,
+            stats=stats,
+            ticked=ticked,
+            memory=bool(wants & WANT_MEMORY) or still_waiting,
+            asked_gc=tickets[ASK_GC] > 0,
+            asked_aged=tickets[ASK_SCAVENGE_AGED] > 0,
+            asked_all=tickets[ASK_SCAVENGE_ALL] > 0,
+        )
+
+    def _collect(self, plan: Plan) -> GCReport | None:
+        if plan.collect is None:
+            return None
+        report = collect(
+            self._steward,
+            self._clock,
+            plan.collect,
+            self._config.gc_percent,
+            freed_dead_bytes=self._dead_bytes,
+            freed_lease_bytes=self._lease_bytes,
+        )
+        self._dead_bytes = self._lease_bytes = 0
+        return report
+
+    def _scavenge(self, plan: Plan, held_bytes: int) -> ScavengeReport | None:
+        if plan.release is None:
+            return None
+        now_stamp = self._steward.now_stamp()
+        aged = pacing.stamp_cutoff(now_stamp, self._config.scavenge_after_s)
+        return scavenge(
+            self._steward,
+            self._clock,
+            plan.release,
+            stamp_le=pacing.EVERYTHING if plan.everything else aged,
+            goal_bytes=held_bytes,
+        )
+
+    def _serve_waiters(
+        self, reaped: list[Reaped], gc: GCReport | None, scavenged: ScavengeReport | None
+    ) -> bool:
+        """Refuse who waits if nothing was found for them; return whether to look again soon."""
+        found = (
+            any(one.found for one in reaped)
+            or (gc is not None and gc.swept > 0)
+            or (scavenged is not None and scavenged.released_bytes > 0)
+        )
+        if found:
+            return self._reaper.waiting
+        refused = self._steward.refuse_waiters()
+        if refused:
+            self._log.warning("refused %d waiters: no collection can free memory", refused)
+        return False
+
+    def _answer(
+        self, tickets: Mapping[int, int], gc: GCReport | None, scavenged: ScavengeReport | None
+    ) -> None:
+        for kind, ticket in tickets.items():
+            report = gc if kind == ASK_GC else scavenged
+            if ticket and report is not None:
+                self._steward.finish(kind, ticket, report.as_fields())
+
+    def _tell(self, plan: Plan, scavenged: ScavengeReport | None, stats: HeapStats) -> None:
+        if self._trace.on and (plan.collect or plan.release):
+            self._trace.wakeup(
+                forced=plan.collect == "forced",
+                released_bytes=scavenged.released_bytes if scavenged else 0,
+                stats=HeapStats(**self._steward.stats()),
+            )
+        if not self._warned and pacing.leases_pile_up(stats):
+            self._warned = True
+            self._log.warning(
+                "%d pickled handles are on their way, the oldest for %.0f s: each keeps its block "
+                "until it is unpickled or its sender ends",
+                stats.leases,
+                stats.oldest_lease_s,
+            )
+
+    def _outcome(self) -> Outcome:
+        users = self._steward.users()
+        if users:
+            self._linger = False
+            if self._stopping:
+                self._log.info("stopped with %d users: whoever needs a successor starts it", users)
+                return Outcome.LEAVES
+            return Outcome.STAYS
+        if self._linger and not self._stopping:
+            return Outcome.STAYS
+        if self._config.keep:
+            return Outcome.LEAVES  # not closed: the next user starts a successor
+        if self._steward.try_close():
+            return Outcome.CLOSED
+        return Outcome.LEAVES if self._stopping else Outcome.STAYS

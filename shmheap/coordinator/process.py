@@ -1,0 +1,203 @@
+"""The coordinator's process: one per heap, from start to end.
+
+    open, create ---------.
+    who finds it dead --- ensure_running -- detached --.
+    shmheap run NAME, in the foreground --------------- main
+                                                         |    Steward: is there another already?
+    workers -- doorbell, a semaphore -- thread - eventfd |
+    SIGTERM, SIGINT ---------------------------- eventfd +--> Watcher --> Coordinator.run
+    exits ------------------------------------- pidfds   |
+                                                         v
+                                  the heap's last user gone: unlink the arena and the doorbell
+
+The doorbell is a POSIX semaphore: anybody of the heap can ring it without a connection, and it
+outlives whoever rings and whoever listens. It cannot be polled, so a thread sleeps on it.
+
+What this module imports is what every coordinator costs: it imports nothing that is only nice to
+have, and a test holds it to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+import posix_ipc
+
+from shmheap import _core
+from shmheap.arena import bell_name, open_arena
+from shmheap.config import Config
+from shmheap.coordinator.loop import Coordinator, Outcome
+from shmheap.coordinator.reaper import Watcher
+from shmheap.coordinator.trace import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import FrameType
+
+    from shmheap.coordinator import Steward
+
+    Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+
+LOG_FORMAT: Final = "%(asctime)s %(process)d %(levelname)s %(message)s"
+
+
+def ensure_running(heap: str, config: Config) -> None:
+    """Start a coordinator for a heap, detached from this process; if there is one, it leaves again.
+
+    Args:
+        heap: name or path of the arena's file.
+        config: the heap's, for the interpreter and the log.
+
+    Returns at once: nobody needs to wait for the coordinator. Raises OSError if it cannot be
+    started. Costs two forks.
+    """
+    _core.spawn_detached(command(heap, config), config.log)
+
+
+def command(heap: str, config: Config) -> list[str]:
+    """Return the command line of a heap's coordinator.
+
+    -P: else `python -m` would find a folder `shmheap` in the working directory first.
+    """
+    return [config.python or sys.executable, "-P", "-m", "shmheap", "run", heap]
+
+
+def is_detached() -> bool:
+    """Return whether this process has nobody to talk to, as one that `ensure_running` started."""
+    return all(_is_null_device(fd) for fd in (0, 1))
+
+
+def main(heap: str, *, foreground: bool) -> int:
+    """Be a heap's coordinator until its last user has left, or until SIGTERM or SIGINT.
+
+    Args:
+        heap: name or path of the arena's file.
+        foreground: started by hand: talks on stderr, and waits for a first user.
+
+    Returns the exit status: 0, also if the heap has a coordinator already; 1 if it failed.
+
+    Raises HeapNotFound, UntrustedArena as `open_arena` does. To be called in the main thread.
+    """
+    arena_fd, path = open_arena(heap)
+    try:
+        steward = _core.Steward(arena_fd)
+    except BlockingIOError:
+        if foreground:
+            print(f"{heap} has a coordinator already", file=sys.stderr)
+        return 0
+    config = Config.from_json(steward.config())
+    with _logger(config, foreground=foreground) as log:
+        try:
+            outcome = _serve(steward, config, log, linger=foreground)
+        except Exception:
+            log.exception("%s: the coordinator failed", path)
+            return 1
+        log.info("%s: %s", path, outcome.value)
+    if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):
+        _unlink(arena_fd, path, bell_name(steward.nonce))
+    return 0
+
+
+def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: bool) -> Outcome:
+    trace = Trace(sys.stderr if config.trace or _environment_says_trace() else None)
+    with doorbell(bell_name(steward.nonce)) as bell_fd:
+        watcher = Watcher(bell_fd)
+        coordinator = Coordinator(steward, config, time, watcher, trace, log, linger=linger)
+
+        def stop(_signal: int, _frame: FrameType | None) -> None:
+            coordinator.stop()
+            os.eventfd_write(bell_fd, 1)
+
+        with (
+            contextlib.closing(watcher),
+            _handling({signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: signal.SIG_IGN}),
+        ):
+            return coordinator.run()
+
+
+@contextlib.contextmanager
+def doorbell(name: str) -> Iterator[int]:
+    """Open or create a heap's doorbell; give an eventfd that is written whenever it rings."""
+    bell = posix_ipc.Semaphore(name, posix_ipc.O_CREAT, mode=0o600)
+    bell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    leaving = threading.Event()
+
+    def listen() -> None:
+        # A signal is the main thread's: it would end the wait here with an error.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while not leaving.is_set():
+            bell.acquire()
+            os.eventfd_write(bell_fd, 1)
+
+    listener = threading.Thread(target=listen, name="doorbell", daemon=True)
+    listener.start()
+    try:
+        yield bell_fd
+    finally:
+        # The thread must be gone before the fd is: the number may be another file's next.
+        leaving.set()
+        bell.release()
+        listener.join()
+        bell.close()
+        os.close(bell_fd)
+
+
+@contextlib.contextmanager
+def _handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _logger(config: Config, *, foreground: bool) -> Iterator[logging.Logger]:
+    """Log to `Config.log`, and to stderr in the foreground; else to nowhere."""
+    log = logging.Logger("shmheap.coordinator", logging.INFO)
+    handlers: list[logging.Handler] = [logging.NullHandler()]
+    if config.log is not None:
+        handlers.append(logging.FileHandler(config.log))
+    if foreground:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        log.addHandler(handler)
+    try:
+        yield log
+    finally:
+        for handler in handlers:
+            handler.close()
+
+
+def _environment_says_trace() -> bool:
+    return os.environ.get("SHMHEAP_TRACE", "") not in ("", "0")
+
+
+def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
+    """Return whether a heap that was to be kept was unlinked and has no users either."""
+    return os.fstat(arena_fd).st_nlink == 0 and steward.try_close()
+
+
+def _unlink(arena_fd: int, path: str, bell: str) -> None:
+    """Remove the arena's name, unless another heap has it by now, and its doorbell."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(arena_fd), os.stat(path, follow_symlinks=False)):
+            os.unlink(path)
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_semaphore(bell)
+
+
+def _is_null_device(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_rdev == os.stat(os.devnull).st_rdev
+    except OSError:
+        return True  # closed: nobody there either

@@ -1,0 +1,631 @@
+/*
+ * Blocks: the word that says whether one lives, and what users do with them.
+ *
+ * One 64-bit word per block holds state, generation, count and the epoch that touched it, and changes
+ * by compare-and-swap only (DESIGN section 6). The order of every operation errs on the high side
+ * (I-6): count up, then write the holder; clear the holder, then count down.
+ *
+ *     alloc    bitmap -> CAS FREE/HOLE... -> LIVE count 1 -> pin
+ *     drop     (touch) -> pin cleared -> CAS count 1 -> FREE, next generation -> back into a bitmap
+ *
+ * An operation holds its own process's lock from reading the phase to its last step (rule 4), and no
+ * other lock. A large block's pages go back after the lock is left.
+ */
+#include "core.h"
+
+#include <string.h>
+
+/* Words */
+
+#define COUNTED(w) ((w) & ~SH_TOUCH_MASK)
+
+static inline uint64_t touched_now(uint64_t w, uint32_t phase)
+{
+    return sh_phase_of(phase) == SH_IDLE ? w : COUNTED(w) | sh_touch_of(phase);
+}
+
+static inline bool is_live(uint64_t w, uint64_t gen)
+{
+    return SH_BSTATE(w) == SH_BLOCK_LIVE && SH_GEN(w) == gen;
+}
+
+/* Rule 5. False: the block is gone. */
+bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
+{
+    uint64_t w = atomic_load_explicit(word, ACQ), new;
+    do {
+        if (!is_live(w, gen))
+            return false;
+        new = SH_COUNT(w) == SH_COUNT_MAX ? w : w + SH_COUNT_ONE; /* a full count sticks */
+        new = touched_now(new, phase);
+    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
+    return true;
+}
+
+/* Rules 2 and 5. The holder was cleared before. SH_FREED: it was the last one, and we freed it. */
+enum sh_drop sh_count_down(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
+{
+    uint64_t w = atomic_load_explicit(word, ACQ), new;
+    do {
+        if (!is_live(w, gen) || SH_COUNT(w) == 0)
+            return SH_GONE;
+        if (SH_COUNT(w) == 1)
+            new = SH_BLOCK_WORD(SH_BLOCK_FREE, gen + 1);
+        else
+            new = touched_now(SH_COUNT(w) == SH_COUNT_MAX ? w : w - SH_COUNT_ONE, phase);
+    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
+    return SH_COUNT(w) == 1 ? SH_FREED : SH_DROPPED;
+}
+
+/* Rule 6: before any holder is cleared while a collection runs. */
+void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
+{
+    uint64_t w = atomic_load_explicit(word, ACQ), new;
+    do {
+        new = touched_now(w, phase);
+        if (new == w || !is_live(w, gen))
+            return;
+    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
+}
+
+static inline uint32_t phase_of(const struct sh_ctx *c)
+{
+    return atomic_load_explicit(&c->slot->phase, RLX);
+}
+
+/* Sizes. A block of a class that is larger than asked for says in its last bytes by how much: one
+ * byte below 128, else four with the top bit set. So a size costs no metadata. */
+
+static void write_padding(uint8_t *end, uint64_t padding)
+{
+    uint32_t wide = 0x80000000u | (uint32_t)padding;
+    if (padding < 128)
+        end[-1] = (uint8_t)padding;
+    else
+        memcpy(end - 4, &wide, 4);
+}
+
+static uint64_t read_padding(const uint8_t *end, uint64_t size)
+{
+    uint32_t wide;
+    uint64_t padding = end[-1];
+    if (padding >= 128) {
+        memcpy(&wide, end - 4, 4);
+        padding = wide & 0x7fffffffu;
+    }
+    return padding < size ? padding : size;
+}
+
+uint64_t sh_block_bytes(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w)
+{
+    if (r->kind == SH_KIND_LARGE) {
+        uint64_t n = atomic_load_explicit(&sh_page(c, r->page)->link, RLX);
+        uint64_t room = (uint64_t)SH_SPAN_NPAGES(sh_span(c, r->page)) << c->geo.page_shift;
+        return n < room ? n : room;
+    }
+    uint64_t size = c->kinds[r->kind].size;
+    return w & SH_PADDED ? size - read_padding(r->data + size, size) : size;
+}
+
+/* Finding a block */
+
+uint64_t sh_data_offset(const struct sh_ctx *c, const struct sh_ref *r)
+{
+    return (uint64_t)(r->data - c->base) - c->geo.data;
+}
+
+static bool page_in_use(const struct sh_ctx *c, uint64_t page)
+{
+    return page < atomic_load_explicit(&c->hdr->used_pages, ACQ) && page < c->geo.npages;
+}
+
+/* The span in use that a page lies in: its record, and its first page. */
+static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, uint64_t *span)
+{
+    if (!page_in_use(c, page))
+        return false;
+    *head = (uint32_t)page;
+    *span = sh_span(c, *head);
+    if (SH_SPAN_STATE(*span) == SH_NONE) {
+        *head = SH_HI(atomic_load_explicit(&sh_page(c, (uint32_t)page)->head, ACQ));
+        if (*head > page)
+            return false;
+        *span = sh_span(c, *head);
+    }
+    uint32_t state = SH_SPAN_STATE(*span);
+    return (state == SH_LARGE || (state == SH_SMALL && SH_SPAN_KIND(*span) < SH_NCLASSES)) &&
+           page - *head < SH_SPAN_NPAGES(*span);
+}
+
+static void fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span, uint32_t index)
+{
+    bool large = SH_SPAN_STATE(span) == SH_LARGE;
+    r->page = head;
+    r->kind = large ? SH_KIND_LARGE : SH_SPAN_KIND(span);
+    r->data = sh_data(c, head) + (large ? 0 : (uint64_t)index * c->kinds[r->kind].size);
+    r->word = sh_words(c, head, large ? SH_LARGE_TIER : c->kinds[r->kind].tier) + (large ? 0 : index);
+}
+
+/* From a handle's offset in the data area. */
+static bool locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
+{
+    uint32_t head, index = 0;
+    uint64_t span;
+    if (off >= c->geo.capacity || !span_of_page(c, off >> c->geo.page_shift, &head, &span))
+        return false;
+    uint64_t inside = off - ((uint64_t)head << c->geo.page_shift);
+    if (SH_SPAN_STATE(span) == SH_LARGE) {
+        if (inside != 0)
+            return false;
+    } else {
+        const struct sh_class *class = &sh_classes[SH_SPAN_KIND(span)];
+        index = sh_block_index(class, inside);
+        if ((uint64_t)index * class->size != inside || index >= c->kinds[SH_SPAN_KIND(span)].nblocks)
+            return false;
+    }
+    fill_ref(c, r, head, span, index);
+    return true;
+}
+
+static bool tier_of_word(const struct sh_ctx *c, uint64_t off, uint32_t *tier)
+{
+    for (*tier = 0; *tier < SH_NTIERS; ++*tier)
+        if (off >= c->geo.words[*tier] &&
+            off < c->geo.words[*tier] + c->geo.npages * sh_stride(c, *tier))
+            return true;
+    return false;
+}
+
+/* From a cell's word number. */
+bool sh_locate(const struct sh_ctx *c, uint64_t word_number, struct sh_ref *r)
+{
+    uint32_t tier, head;
+    uint64_t span, off = word_number * 8;
+    if (!tier_of_word(c, off, &tier) ||
+        !span_of_page(c, (off - c->geo.words[tier]) / sh_stride(c, tier), &head, &span))
+        return false;
+    uint64_t index = (off - c->geo.words[tier] - head * sh_stride(c, tier)) / 8;
+    bool large = SH_SPAN_STATE(span) == SH_LARGE;
+    const struct sh_kind *k = large ? NULL : &c->kinds[SH_SPAN_KIND(span)];
+    if (large ? tier != SH_LARGE_TIER || index != 0 : tier != k->tier || index >= k->nblocks)
+        return false;
+    fill_ref(c, r, head, span, (uint32_t)index);
+    return true;
+}
+
+/* Pins (I-7). Locked by the process lock */
+
+enum sh_status sh_pin(struct sh_ctx *c, struct sh_ref *r)
+{
+    struct sh_pspan *s;
+    int64_t index = sh_pspan_pop(c, SH_KIND_PINS, &s);
+    if (index < 0)
+        return SH_SLOW;
+    r->pin = s->number << (c->geo.page_shift - 3) | (uint32_t)index;
+    atomic_store_explicit(sh_pin_cell(c, r->pin), SH_CELL(sh_word_number(c, r->word), r->gen), REL);
+    sh_bump(&c->slot->pins, 1);
+    return SH_OK;
+}
+
+void sh_pin_clear(struct sh_ctx *c, uint32_t pin)
+{
+    atomic_store_explicit(sh_pin_cell(c, pin), 0, REL);
+}
+
+void sh_pin_free(struct sh_ctx *c, uint32_t pin)
+{
+    uint32_t shift = c->geo.page_shift - 3;
+    sh_bump(&c->slot->pins, (uint64_t)-1);
+    sh_pspan_push(c, c->pin_spans[pin >> shift], pin & ((1u << shift) - 1));
+}
+
+static bool pins_left(const struct sh_ctx *c)
+{
+    return c->shelves[SH_KIND_PINS].ring[SH_AVAIL] != NULL;
+}
+
+/* Allocation */
+
+/* A block of the class, pinned. SH_SLOW: no block or no pin is known to be free. The caller zeroes.
+ * Cost: the process lock, one compare-and-swap, one store. */
+enum sh_status sh_alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, struct sh_ref *r)
+{
+    enum sh_status status = sh_enter(c, 0);
+    if (status != SH_OK)
+        return status;
+    const struct sh_kind *k = &c->kinds[kind];
+    uint32_t phase = phase_of(c);
+    uint64_t padding = k->size - nbytes;
+    struct sh_pspan *s;
+    int64_t index;
+    status = SH_SLOW;
+    while (pins_left(c) && (index = sh_pspan_pop(c, kind, &s)) >= 0) {
+        r->word = sh_words(c, s->page, k->tier) + index;
+        r->data = sh_data(c, s->page) + (uint64_t)index * k->size;
+        uint64_t w = atomic_load_explicit(r->word, ACQ);
+        if (SH_BSTATE(w) != SH_BLOCK_FREE || SH_GEN(w) == SH_GEN_MAX)
+            continue; /* the hint was wrong */
+        uint64_t new = touched_now(SH_BLOCK_WORD(SH_BLOCK_LIVE, SH_GEN(w)) | SH_COUNT_ONE, phase);
+        if (padding != 0) {
+            write_padding(r->data + k->size, padding);
+            new |= SH_PADDED;
+        }
+        if (!atomic_compare_exchange_strong_explicit(r->word, &w, new, ACQR, RLX))
+            continue;
+        r->gen = SH_GEN(w);
+        r->page = s->page;
+        r->kind = kind;
+        r->nbytes = nbytes;
+        status = sh_pin(c, r);
+        if (status == SH_SLOW) { /* the last pin span was stale: leave the block as it was */
+            sh_count_down(r->word, r->gen, phase);
+            sh_pspan_push(c, s, (uint32_t)index);
+            break;
+        }
+        sh_bump(&c->slot->mallocs, 1);
+        sh_bump(&c->slot->alloc_bytes, nbytes);
+        break;
+    }
+    sh_leave(c);
+    return status;
+}
+
+static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
+{
+    uint32_t kind = sh_class_of((uint32_t)nbytes);
+    enum sh_status status;
+    while ((status = sh_alloc_fast(c, kind, nbytes, r)) == SH_SLOW || status == SH_BUSY) {
+        status = sh_refill(c, SH_KIND_PINS, wait_ms);
+        if (status == SH_OK)
+            status = sh_refill(c, kind, wait_ms);
+        if (status != SH_OK)
+            return status;
+    }
+    if (status == SH_OK && zero)
+        memset(r->data, 0, nbytes);
+    return status;
+}
+
+/* Zeroes what may hold old bytes, and says that from now on all of it may. */
+static void clean_units(struct sh_ctx *c, uint32_t page, uint32_t npages, bool zero)
+{
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    for (; unit < end; unit++) {
+        if (!(atomic_load_explicit(sh_unit(c, unit), RLX) & SH_UNIT_DIRTY))
+            atomic_store_explicit(sh_unit(c, unit), SH_UNIT_COMMITTED | SH_UNIT_DIRTY, RLX);
+        else if (zero)
+            memset(c->base + c->geo.data + (unit << c->geo.unit_shift), 0, 1ull << c->geo.unit_shift);
+    }
+}
+
+/* The run becomes a block, and ours, in one section under the process lock: whoever sees a LARGE span
+ * whose word is not LIVE, and sees it again after that lock, has found what a death left. */
+static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t npages, uint64_t nbytes,
+                                    struct sh_ref *r)
+{
+    enum sh_status status = sh_enter(c, 60000);
+    if (status != SH_OK)
+        return status;
+    if (!pins_left(c)) {
+        sh_leave(c);
+        return SH_SLOW;
+    }
+    uint64_t span = SH_SPAN(SH_LARGE, SH_KIND_LARGE, 0, npages);
+    fill_ref(c, r, page, span, 0);
+    r->gen = atomic_load_explicit(&sh_page(c, page)->mark, RLX) & SH_GEN_MAX;
+    r->nbytes = nbytes;
+    atomic_store_explicit(&sh_page(c, page)->link, nbytes, RLX);
+    atomic_store_explicit(&sh_page(c, page)->head, SH_PAIR(page, 0), RLX);
+    uint64_t w = SH_BLOCK_WORD(SH_BLOCK_LIVE, r->gen) | SH_COUNT_ONE;
+    atomic_store_explicit(r->word, SH_BLOCK_WORD(SH_BLOCK_FREE, r->gen), REL);
+    sh_set_span(c, page, span);
+    atomic_store_explicit(r->word, touched_now(w, phase_of(c)), REL);
+    status = sh_pin(c, r);
+    if (status == SH_OK) {
+        sh_bump(&c->slot->mallocs, 1);
+        sh_bump(&c->slot->alloc_bytes, nbytes);
+    } else { /* the last pin span was stale */
+        atomic_store_explicit(r->word, SH_BLOCK_WORD(SH_BLOCK_FREE, r->gen), REL);
+        sh_set_span(c, page, SH_SPAN(SH_RESERVED, 0, c->owner, npages));
+    }
+    sh_leave(c);
+    return status;
+}
+
+static enum sh_status take_large(struct sh_ctx *c, uint32_t npages, int wait_ms, uint32_t *page)
+{
+    for (;;) {
+        enum sh_status status = sh_pages_take(c, npages, wait_ms, page);
+        if (status != SH_OK)
+            return status;
+        if ((atomic_load_explicit(&sh_page(c, *page)->mark, RLX) & SH_GEN_MAX) == SH_GEN_MAX) {
+            sh_set_span(c, *page, SH_SPAN(SH_RETIRED, 0, 0, npages));
+            continue;
+        }
+        status = sh_pages_commit(c, *page, npages);
+        if (status != SH_OK)
+            sh_pages_give(c, page, 1, 60000);
+        return status;
+    }
+}
+
+static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
+{
+    uint64_t npages = (nbytes + (1ull << c->geo.page_shift) - 1) >> c->geo.page_shift;
+    uint32_t page;
+    if (npages > c->geo.npages)
+        return SH_FULL;
+    enum sh_status status = take_large(c, (uint32_t)npages, wait_ms, &page);
+    if (status != SH_OK)
+        return status;
+    SH_CRASH("large:committed");
+    clean_units(c, page, (uint32_t)npages, zero);
+    do {
+        status = sh_refill(c, SH_KIND_PINS, 60000);
+        if (status == SH_OK)
+            status = publish_large(c, page, (uint32_t)npages, nbytes, r);
+    } while (status == SH_SLOW);
+    if (status != SH_OK)
+        sh_pages_give(c, &page, 1, 60000);
+    return status;
+}
+
+/* A block of nbytes > 0, pinned. SH_BUSY: nothing happened. Cost: sh_alloc_fast, or, where no free
+ * block is known, the heap lock and perhaps system calls. */
+enum sh_status sh_alloc(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
+{
+    enum sh_status status = nbytes <= SH_MAX_SMALL ? alloc_small(c, nbytes, zero, wait_ms, r)
+                                                   : alloc_large(c, nbytes, zero, wait_ms, r);
+    if (c->ndeferred != 0)
+        sh_flush(c, 0);
+    return status;
+}
+
+/* Freeing */
+
+/* We made the block FREE: find it a place where it is found again. Locked. */
+void sh_block_freed(struct sh_ctx *c, const struct sh_ref *r)
+{
+    uint64_t span = sh_span(c, r->page);
+    if (r->kind != SH_KIND_LARGE) {
+        sh_span_freed(c, r->page, span, r->word);
+    } else {
+        uint64_t mark = atomic_load_explicit(&sh_page(c, r->page)->mark, RLX);
+        uint64_t gen = SH_GEN(atomic_load_explicit(r->word, RLX));
+        atomic_store_explicit(&sh_page(c, r->page)->mark, (mark & SH_PAGE_TIERS) | gen, RLX);
+        sh_set_span(c, r->page, SH_SPAN(SH_RESERVED, 0, c->owner, SH_SPAN_NPAGES(span)));
+        sh_defer(c, r->page);
+    }
+    if (c->slot != NULL) {
+        sh_bump(&c->slot->frees, 1);
+        sh_bump(&c->slot->freed_bytes, r->nbytes);
+    }
+    if (atomic_load_explicit(&c->hdr->waiters, RLX) != 0)
+        c->ring_waiters = true;
+}
+
+enum sh_status sh_after_free(struct sh_ctx *c)
+{
+    if (c->ring_waiters) {
+        c->ring_waiters = false;
+        atomic_fetch_add(&c->hdr->freed, 1);
+        sh_os_wake(&c->hdr->freed);
+    }
+    return c->ndeferred == 0 || sh_flush(c, 0) == SH_OK ? SH_OK : SH_DEFERRED;
+}
+
+/* Gives back the runs that were put aside under the process lock. */
+enum sh_status sh_flush(struct sh_ctx *c, int wait_ms)
+{
+    uint32_t pages[SH_DEFERRED_MAX], n;
+    enum sh_status status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    n = c->ndeferred;
+    memcpy(pages, c->deferred, n * sizeof pages[0]);
+    c->ndeferred = 0;
+    sh_leave(c);
+    if (n == 0)
+        return SH_OK;
+    status = sh_pages_give(c, pages, n, wait_ms);
+    if (status != SH_BUSY)
+        return status;
+    while (sh_enter(c, 1000) == SH_BUSY) {
+    }
+    for (uint32_t i = 0; i < n && c->ndeferred < SH_DEFERRED_MAX; i++)
+        sh_defer(c, pages[i]);
+    sh_leave(c);
+    return SH_BUSY;
+}
+
+/* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost: the
+ * process lock and one compare-and-swap; a large block also the heap lock. */
+enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
+{
+    enum sh_status status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    if (c->ndeferred + 4 > SH_DEFERRED_MAX) { /* no room to put a run aside */
+        sh_leave(c);
+        status = sh_flush(c, wait_ms);
+        return status == SH_OK ? sh_unpin(c, r, wait_ms) : status;
+    }
+    uint32_t phase = phase_of(c);
+    if (sh_phase_of(phase) != SH_IDLE)
+        sh_touch(r->word, r->gen, phase);
+    sh_pin_clear(c, r->pin);
+    if (sh_count_down(r->word, r->gen, phase) == SH_FREED)
+        sh_block_freed(c, r);
+    sh_pin_free(c, r->pin);
+    sh_leave(c);
+    return sh_after_free(c);
+}
+
+/* Handles */
+
+static enum sh_status enter_with_pin(struct sh_ctx *c, int wait_ms)
+{
+    for (;;) {
+        enum sh_status status = sh_refill(c, SH_KIND_PINS, wait_ms);
+        if (status == SH_OK)
+            status = sh_enter(c, wait_ms);
+        if (status != SH_OK || pins_left(c))
+            return status;
+        sh_leave(c);
+    }
+}
+
+/* A second pin on a block that we hold. */
+enum sh_status sh_repin(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, struct sh_ref *out)
+{
+    enum sh_status status = enter_with_pin(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    *out = *r;
+    status = sh_count_up(r->word, r->gen, phase_of(c)) ? sh_pin(c, out) : SH_STALE;
+    if (status == SH_SLOW)
+        sh_count_down(r->word, r->gen, phase_of(c)); /* r still holds it */
+    sh_leave(c);
+    return status == SH_SLOW ? SH_BUSY : status;
+}
+
+/* Rule 8: count up, write the lease; only then may the bytes be given out. */
+enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, uint64_t *cell_off,
+                             uint32_t *seq)
+{
+    enum sh_status status = sh_refill(c, SH_KIND_LEASES, wait_ms);
+    if (status == SH_OK)
+        status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    struct sh_pspan *s;
+    int64_t index = sh_pspan_pop(c, SH_KIND_LEASES, &s);
+    if (index < 0) {
+        sh_leave(c);
+        return SH_BUSY;
+    }
+    struct sh_lease *lease = (struct sh_lease *)sh_data(c, s->page) + index;
+    if (sh_count_up(r->word, r->gen, phase_of(c))) {
+        c->lease_seq = (c->lease_seq + 1) & 0xffffffu ? (c->lease_seq + 1) & 0xffffffu : 1;
+        atomic_store_explicit(&lease->made_ns, sh_os_now_ns(), RLX);
+        atomic_store_explicit(&lease->cell, SH_CELL(sh_word_number(c, r->word), c->lease_seq), REL);
+        sh_bump(&c->slot->leases, 1);
+        *cell_off = (uint64_t)((uint8_t *)lease - c->base) - c->geo.data;
+        *seq = c->lease_seq;
+    } else {
+        sh_pspan_push(c, s, (uint32_t)index);
+        status = SH_STALE;
+    }
+    sh_leave(c);
+    return status;
+}
+
+/* The lease that a handle names, if it is still there. */
+static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *page)
+{
+    *page = (uint32_t)(cell_off >> c->geo.page_shift);
+    if (cell_off == 0 || cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
+        !page_in_use(c, cell_off >> c->geo.page_shift))
+        return NULL;
+    if (SH_SPAN_STATE(sh_span(c, *page)) != SH_LEASES)
+        return NULL;
+    return (struct sh_lease *)(c->base + c->geo.data + cell_off);
+}
+
+static void lease_taken(struct sh_ctx *c, uint32_t page)
+{
+    uint32_t slot = SH_SPAN_SLOT(sh_span(c, page));
+    atomic_store_explicit(&sh_slot(c, slot)->leases_taken, 1, REL);
+}
+
+/* Takes the lease by compare-and-swap, only after it was seen and its block touched: taking one that
+ * appeared in between left a count too low (found by the model). */
+static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_off, uint32_t seq)
+{
+    uint32_t page, phase = phase_of(c);
+    struct sh_lease *lease = find_lease(c, cell_off, &page);
+    uint64_t cell = SH_CELL(sh_word_number(c, r->word), seq);
+    if (lease == NULL || atomic_load_explicit(&lease->cell, ACQ) != cell)
+        return false;
+    sh_touch(r->word, r->gen, phase);
+    if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
+        return false;
+    lease_taken(c, page);
+    return true;
+}
+
+/* Rule 8 without a lease: only a block that is not condemned may be pinned again. */
+static enum sh_status resurrect(const struct sh_ref *r, uint32_t phase)
+{
+    uint64_t w = atomic_load_explicit(r->word, ACQ);
+    uint32_t p = sh_phase_of(phase);
+    if (!is_live(w, r->gen))
+        return SH_STALE;
+    if (p == SH_FINAL)
+        return SH_AGAIN;
+    if (p == SH_SWEEP && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) != sh_touch_of(phase))
+        return SH_STALE;
+    return sh_count_up(r->word, r->gen, phase) ? SH_OK : SH_STALE;
+}
+
+/* A handle that came from elsewhere becomes a pin of ours. SH_STALE, or SH_AGAIN in FINAL. */
+enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off, uint32_t seq,
+                        int wait_ms, struct sh_ref *r)
+{
+    enum sh_status status = enter_with_pin(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    r->gen = gen;
+    if (!locate_data(c, data_off, r))
+        status = SH_STALE;
+    else if (!take_lease(c, r, cell_off, seq))
+        status = resurrect(r, phase_of(c));
+    if (status == SH_OK) {
+        r->nbytes = sh_block_bytes(c, r, atomic_load_explicit(r->word, ACQ));
+        status = sh_pin(c, r);
+        assert(status == SH_OK && "enter_with_pin saw one");
+    }
+    sh_leave(c);
+    return status;
+}
+
+/* A lease of ours is not needed after all. SH_STALE: somebody took it. */
+enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t cell_off, uint32_t seq, int wait_ms)
+{
+    struct sh_ref r;
+    enum sh_status status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    status = SH_STALE;
+    if (locate_data(c, data_off, &r)) {
+        uint64_t w = atomic_load_explicit(r.word, ACQ); /* the lease, if it is there, keeps it so */
+        r.gen = SH_GEN(w);
+        r.nbytes = sh_block_bytes(c, &r, w);
+        if (take_lease(c, &r, cell_off, seq)) {
+            status = SH_OK;
+            if (sh_count_down(r.word, r.gen, phase_of(c)) == SH_FREED)
+                sh_block_freed(c, &r);
+        }
+    }
+    sh_leave(c);
+    return status == SH_OK ? sh_after_free(c) : status;
+}
+
+/* Waiting (rule 16) */
+
+/* Sleeps until memory was freed after `seen` was read from hdr.freed. SH_OK: try again. SH_REFUSED:
+ * nobody can free any. The caller has registered itself in hdr.waiters before reading. */
+enum sh_status sh_wait_memory(struct sh_ctx *c, uint32_t seen, int wait_ms)
+{
+    struct sh_slot *slot = c->slot;
+    atomic_store(&slot->wait_seen, seen);
+    atomic_fetch_add(&slot->waiting, 1);
+    sh_want(c, SH_WANT_MEMORY);
+    int error = 0;
+    if (atomic_load(&slot->refused) != seen + 1)
+        error = sh_os_wait(&c->hdr->freed, seen, wait_ms);
+    atomic_fetch_sub(&slot->waiting, 1);
+    if (atomic_load(&slot->refused) == seen + 1)
+        return SH_REFUSED;
+    return error == 0 ? SH_OK : SH_TIMEOUT;
+}

@@ -1,0 +1,817 @@
+/*
+ * What the coordinator does outside a collection: taking over from a dead one, reaping the dead,
+ * stamping idle pages and giving them back. Mechanism only: when and how much is decided in Python.
+ *
+ * Whatever it takes is its own by its word in the record (RELEASING) before any system call, so that
+ * a successor can finish it (I-5, I-9). Only the coordinator punches pages, and only after a handshake:
+ * having taken every process's lock once, it knows that nobody is still looking at what it took.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PATIENCE_MS 10000 /* for a process that was stopped inside an operation */
+#define BATCH       32u   /* runs taken from the page heap at a time, and given back together */
+
+enum sh_status sh_registry(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status status = sh_lock(c, &c->hdr->registry, wait_ms);
+    if (status == SH_CHANGED) { /* nothing under it is logged, so nothing is torn */
+        sh_lock_rebuilt(&c->hdr->registry);
+        status = SH_OK;
+    }
+    return status;
+}
+
+static uint32_t slots_used(const struct sh_ctx *c)
+{
+    uint32_t n = atomic_load_explicit(&c->hdr->slots_used, ACQ);
+    return n < SH_MAX_SLOTS ? n : SH_MAX_SLOTS;
+}
+
+static bool in_use(const struct sh_ctx *c, uint32_t slot)
+{
+    return atomic_load_explicit(&sh_slot(c, slot)->state, ACQ) != SH_SLOT_FREE;
+}
+
+/* Takes each process's lock once, and sets its phase unless that is -1. */
+enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
+{
+    for (uint32_t i = 0; i < slots_used(c); i++) {
+        struct sh_slot *s = sh_slot(c, i);
+        if (i != 0 && !in_use(c, i))
+            continue;
+        enum sh_status status = sh_mutex(&s->mutex, PATIENCE_MS);
+        if (status != SH_OK)
+            return status;
+        uint64_t from = sh_os_now_ns();
+        if (phase >= 0)
+            atomic_store_explicit(&s->phase, (uint32_t)phase, REL);
+        sh_mutex_unlock(&s->mutex);
+        uint64_t held = sh_os_now_ns() - from;
+        c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
+    }
+    return SH_OK;
+}
+
+uint64_t sh_heap_alloc(const struct sh_ctx *c)
+{
+    uint64_t n = atomic_load(&c->hdr->past_alloc_bytes) - atomic_load(&c->hdr->past_freed_bytes);
+    for (uint32_t i = 0; i < slots_used(c); i++)
+        n += atomic_load(&sh_slot(c, i)->alloc_bytes) - atomic_load(&sh_slot(c, i)->freed_bytes);
+    return (int64_t)n < 0 ? 0 : n;
+}
+
+uint64_t sh_heap_objects(const struct sh_ctx *c)
+{
+    uint64_t n = atomic_load(&c->hdr->past_mallocs) - atomic_load(&c->hdr->past_frees);
+    for (uint32_t i = 0; i < slots_used(c); i++)
+        n += atomic_load(&sh_slot(c, i)->mallocs) - atomic_load(&sh_slot(c, i)->frees);
+    return (int64_t)n < 0 ? 0 : n;
+}
+
+/* Gives back the runs that were put aside so far. */
+enum sh_status sh_give_all(struct sh_ctx *c)
+{
+    enum sh_status status = SH_OK;
+    if (c->ndeferred != 0)
+        status = sh_pages_give(c, c->deferred, c->ndeferred, PATIENCE_MS);
+    c->ndeferred = 0;
+    return status;
+}
+
+static enum sh_status put_aside(struct sh_ctx *c, uint32_t page)
+{
+    sh_defer(c, page);
+    return c->ndeferred < BATCH ? SH_OK : sh_give_all(c);
+}
+
+/* Runs of units to be punched, neighbours joined */
+
+struct punch {
+    uint64_t unit, n;
+};
+
+struct punches {
+    struct punch *run;
+    uint32_t n, room;
+    uint64_t units;
+};
+
+static bool punch_add(struct punches *p, uint64_t unit)
+{
+    p->units++;
+    if (p->n > 0 && p->run[p->n - 1].unit + p->run[p->n - 1].n == unit) {
+        p->run[p->n - 1].n++;
+        return true;
+    }
+    if (p->n == p->room) {
+        uint32_t room = p->room ? 2 * p->room : 64;
+        struct punch *run = realloc(p->run, room * sizeof *run);
+        if (run == NULL)
+            return false;
+        p->run = run;
+        p->room = room;
+    }
+    p->run[p->n++] = (struct punch){unit, 1};
+    return true;
+}
+
+/* The units are RELEASING; afterwards they are RELEASED. An error of the system call leaves the run on
+ * the books as what the kernel says: still there. */
+static enum sh_status punch_all(struct sh_ctx *c, const struct punches *p)
+{
+    enum sh_status status = SH_OK;
+    for (uint32_t i = 0; i < p->n; i++) {
+        const struct punch *run = &p->run[i];
+        int error = sh_os_unused(c, c->geo.data + (run->unit << c->geo.unit_shift),
+                                 run->n << c->geo.unit_shift);
+        SH_CRASH("release:punched");
+        sh_set_units(c, run->unit, run->n,
+                     error ? SH_UNIT_COMMITTED | SH_UNIT_DIRTY : SH_UNIT_RELEASED);
+        if (error == 0)
+            sh_unbudget(c, run->n);
+        else
+            status = sh_status_of_errno(error);
+    }
+    return status;
+}
+
+/* What the dead left half done */
+
+/* Punches every unit of a run that `which` names by state, a bit each. */
+static enum sh_status punch_states(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t which)
+{
+    struct punches p = {0};
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    bool room = true;
+    for (; unit < end && room; unit++) {
+        if (!(which >> SH_UNIT_STATE(atomic_load(sh_unit(c, unit))) & 1))
+            continue;
+        atomic_store(sh_unit(c, unit), SH_UNIT_RELEASING);
+        room = punch_add(&p, unit);
+    }
+    enum sh_status status = room ? punch_all(c, &p) : SH_NOMEM;
+    free(p.run);
+    return status;
+}
+
+#define HALF_DONE (1u << SH_UNIT_RESERVED | 1u << SH_UNIT_RELEASING)
+#define HELD      (HALF_DONE | 1u << SH_UNIT_COMMITTED)
+
+/* A run that a dead process had RESERVED may be half committed or half cut: all of it is punched. One
+ * that a dead coordinator was RELEASING goes on from where it was. */
+static enum sh_status finish_run(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    uint32_t n = SH_SPAN_NPAGES(span), which = SH_SPAN_STATE(span) == SH_RESERVED ? HELD : HALF_DONE;
+    sh_set_span(c, page, SH_SPAN(SH_RELEASING, 0, c->owner, n));
+    enum sh_status status = punch_states(c, page, n, which);
+    return status == SH_OK ? put_aside(c, page) : status;
+}
+
+/* Orphans: the coordinator takes one for itself while it works on it. */
+
+static bool take_orphan(struct sh_ctx *c, uint32_t page, uint64_t *span)
+{
+    if (sh_heap_lock(c, PATIENCE_MS) != SH_OK)
+        return false;
+    bool same = sh_span(c, page) == *span;
+    if (same) {
+        sh_unlink(c, &c->hdr->orphans[SH_SPAN_KIND(*span)], page);
+        *span = (*span & ~SH_OWNER_MASK) | c->owner;
+        sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, *span);
+    }
+    sh_heap_unlock(c);
+    return same;
+}
+
+static enum sh_status make_orphan(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    enum sh_status status = sh_heap_lock(c, PATIENCE_MS);
+    if (status != SH_OK)
+        return status;
+    sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, false);
+    sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, span & ~SH_OWNER_MASK);
+    sh_heap_unlock(c);
+    return SH_OK;
+}
+
+/* A span whose owner is gone: empty ones go back, the others become orphans. */
+static enum sh_status end_small(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    enum sh_status status = punch_states(c, page, SH_SPAN_NPAGES(span), HALF_DONE);
+    if (status != SH_OK)
+        return status;
+    if (sh_span_give_up(c, page, span, SH_RELEASING))
+        return put_aside(c, page);
+    return SH_SPAN_STATE(sh_span(c, page)) == SH_SMALL ? make_orphan(c, page, span) : SH_OK;
+}
+
+static bool has_releasing(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    uint64_t unit = sh_unit_of_page(c, page);
+    uint64_t end = unit + (uint64_t)SH_SPAN_NPAGES(span) * sh_units_per_page(c);
+    for (; unit < end; unit++)
+        if (SH_UNIT_STATE(atomic_load(sh_unit(c, unit))) == SH_UNIT_RELEASING)
+            return true;
+    return false;
+}
+
+/* What an earlier coordinator was in the middle of. */
+static enum sh_status finish_predecessor(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    uint32_t state = SH_SPAN_STATE(span);
+    bool its = SH_SPAN_OWNER(span) != SH_OWNER_NONE && SH_SPAN_SLOT(span) == 0 &&
+               SH_SPAN_OWNER(span) != c->owner;
+    if (state == SH_SMALL && has_releasing(c, page, span) && !its)
+        return punch_states(c, page, SH_SPAN_NPAGES(span), 1u << SH_UNIT_RELEASING);
+    if (!its)
+        return SH_OK;
+    if (state == SH_SMALL)
+        return end_small(c, page, span);
+    return state == SH_RESERVED || state == SH_RELEASING ? finish_run(c, page, span) : SH_OK;
+}
+
+/* Takes over as coordinator. *phase: that of a collection that was under way. Cost: a walk over the
+ * span records. */
+enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
+{
+    struct sh_walk walk = {0};
+    uint32_t page;
+    uint64_t span;
+    enum sh_status status;
+    *phase = sh_phase_of(atomic_load(&c->hdr->phase));
+    c->recount = true;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        status = finish_predecessor(c, page, span);
+        if (status != SH_OK)
+            return status;
+    }
+    return status == SH_ABSENT ? sh_give_all(c) : status;
+}
+
+/* Reaping (rule 14): clear the pin or lease, then count down */
+
+static uint64_t drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen)
+{
+    struct sh_ref r;
+    bool found = sh_locate(c, SH_CELL_WORD(seen), &r);
+    uint32_t phase = atomic_load(&c->slot->phase);
+    if (found) {
+        uint64_t w = atomic_load_explicit(r.word, ACQ); /* the holder keeps it */
+        r.gen = SH_GEN(w);
+        r.nbytes = sh_block_bytes(c, &r, w);
+        sh_touch(r.word, r.gen, phase);
+    }
+    if (!atomic_compare_exchange_strong(cell, &seen, 0))
+        return 0; /* a lease that was taken meanwhile */
+    if (!found || sh_count_down(r.word, r.gen, phase) != SH_FREED)
+        return 0;
+    sh_block_freed(c, &r);
+    if (c->ndeferred >= BATCH)
+        sh_give_all(c);
+    return r.nbytes;
+}
+
+static enum sh_status free_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    sh_set_span(c, page, SH_SPAN(SH_RELEASING, 0, c->owner, SH_SPAN_NPAGES(span)));
+    return put_aside(c, page);
+}
+
+static enum sh_status reap_pins(struct sh_ctx *c, uint32_t page, uint64_t span, struct sh_reaped *r)
+{
+    _Atomic uint64_t *cells = (_Atomic uint64_t *)sh_data(c, page);
+    for (uint32_t i = 0; i < c->kinds[SH_KIND_PINS].nblocks; i++) {
+        uint64_t cell = atomic_load_explicit(&cells[i], ACQ);
+        if (cell == 0)
+            continue;
+        r->pins++;
+        r->pin_bytes += drop_cell(c, &cells[i], cell);
+    }
+    return free_cells(c, page, span);
+}
+
+static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t cutoff_ns,
+                                  struct sh_reaped *r)
+{
+    struct sh_lease *leases = (struct sh_lease *)sh_data(c, page);
+    bool left = false;
+    for (uint32_t i = 0; i < c->kinds[SH_KIND_LEASES].nblocks; i++) {
+        uint64_t cell = atomic_load_explicit(&leases[i].cell, ACQ);
+        if (cell == 0)
+            continue;
+        if (atomic_load_explicit(&leases[i].made_ns, RLX) > cutoff_ns) {
+            left = true;
+            continue;
+        }
+        r->leases++;
+        r->lease_bytes += drop_cell(c, &leases[i].cell, cell);
+    }
+    r->done = r->done && !left;
+    return left ? SH_OK : free_cells(c, page, span);
+}
+
+static enum sh_status reap_span(struct sh_ctx *c, uint32_t page, uint64_t span, bool cells,
+                                uint64_t cutoff_ns, struct sh_reaped *r)
+{
+    switch (SH_SPAN_STATE(span)) {
+    case SH_PINS:
+        return cells ? reap_pins(c, page, span, r) : SH_OK;
+    case SH_LEASES:
+        return cells ? reap_leases(c, page, span, cutoff_ns, r) : SH_OK;
+    case SH_SMALL:
+        r->spans += !cells;
+        return cells ? SH_OK : end_small(c, page, span);
+    case SH_RESERVED:
+        r->spans += !cells;
+        return cells ? SH_OK : finish_run(c, page, span);
+    default:
+        return SH_OK;
+    }
+}
+
+/* One pass over the dead process's spans: first what it held, then what it owned. */
+static enum sh_status reap_pass(struct sh_ctx *c, uint64_t owner, bool cells, uint64_t cutoff_ns,
+                                struct sh_reaped *r)
+{
+    struct sh_walk walk = {0};
+    uint32_t page;
+    uint64_t span;
+    enum sh_status status;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        if (SH_SPAN_OWNER(span) != owner || SH_SPAN_STATE(span) == SH_FREE || sh_span(c, page) != span)
+            continue;
+        status = reap_span(c, page, span, cells, cutoff_ns, r);
+        if (status != SH_OK)
+            return status;
+    }
+    return status == SH_ABSENT ? sh_give_all(c) : status;
+}
+
+static void fold_counters(struct sh_ctx *c, struct sh_slot *s)
+{
+    sh_add(&c->hdr->past_mallocs, atomic_exchange(&s->mallocs, 0));
+    sh_add(&c->hdr->past_frees, atomic_exchange(&s->frees, 0));
+    sh_add(&c->hdr->past_alloc_bytes, atomic_exchange(&s->alloc_bytes, 0));
+    sh_add(&c->hdr->past_freed_bytes, atomic_exchange(&s->freed_bytes, 0));
+    atomic_store(&s->pins, 0);
+}
+
+static enum sh_status set_state(struct sh_ctx *c, struct sh_slot *s, uint32_t state)
+{
+    enum sh_status status = sh_registry(c, PATIENCE_MS);
+    if (status != SH_OK)
+        return status;
+    atomic_store(&s->state, state);
+    sh_unlock(c, &c->hdr->registry);
+    return SH_OK;
+}
+
+static void forget_waiters(struct sh_ctx *c, struct sh_slot *s)
+{
+    uint32_t n = atomic_exchange(&s->waiting, 0);
+    if (n != 0)
+        atomic_fetch_sub(&c->hdr->waiters, n);
+}
+
+/* Takes from a slot whose liveness lock is lost its pins, its spans, and its leases made before the
+ * cutoff (CLOCK_MONOTONIC ns). Only in phase IDLE. May be repeated until r->done. */
+enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns, struct sh_reaped *r)
+{
+    struct sh_slot *s = sh_slot(c, slot);
+    memset(r, 0, sizeof *r);
+    if (slot == 0 || slot >= slots_used(c) || !in_use(c, slot) || sh_alive(c, slot))
+        return SH_OK;
+    uint64_t owner = SH_OWNER(slot, atomic_load(&s->incarnation));
+    r->done = true;
+    c->recount = true;
+    if (atomic_load(&s->ended_ns) == 0)
+        atomic_store(&s->ended_ns, sh_os_now_ns());
+    enum sh_status status = set_state(c, s, SH_SLOT_DEAD);
+    if (status == SH_OK)
+        status = reap_pass(c, owner, true, lease_cutoff_ns, r);
+    SH_CRASH("reap:cells");
+    if (status == SH_OK)
+        status = reap_pass(c, owner, false, lease_cutoff_ns, r);
+    if (status != SH_OK)
+        return status;
+    forget_waiters(c, s);
+    fold_counters(c, s);
+    sh_after_free(c);
+    return r->done ? set_state(c, s, SH_SLOT_FREE) : SH_OK;
+}
+
+uint32_t sh_users(struct sh_ctx *c)
+{
+    uint32_t users = 0;
+    for (uint32_t i = 1; i < slots_used(c); i++)
+        users += in_use(c, i);
+    return users;
+}
+
+/* Without users the heap closes for ever: attaching looks at the flag under the same lock. */
+enum sh_status sh_try_close(struct sh_ctx *c, bool *closed)
+{
+    enum sh_status status = sh_registry(c, PATIENCE_MS);
+    *closed = false;
+    if (status != SH_OK)
+        return status;
+    if (sh_users(c) == 0) {
+        atomic_store(&c->hdr->closing, 1);
+        *closed = true;
+    }
+    sh_unlock(c, &c->hdr->registry);
+    return SH_OK;
+}
+
+/* Rule 16: every process that holds anything waits, and has seen the latest free. Whoever waits
+ * without holding is refused with them. */
+uint32_t sh_refuse_waiters(struct sh_ctx *c)
+{
+    uint32_t freed = atomic_load(&c->hdr->freed), refused = 0;
+    bool all = true;
+    if (sh_registry(c, PATIENCE_MS) != SH_OK)
+        return 0;
+    for (uint32_t i = 1; i < slots_used(c); i++) {
+        struct sh_slot *s = sh_slot(c, i);
+        if (atomic_load(&s->state) != SH_SLOT_LIVE)
+            continue;
+        bool waits = atomic_load(&s->waiting) != 0;
+        if (waits ? atomic_load(&s->wait_seen) != freed : atomic_load(&s->pins) != 0)
+            all = false;
+        refused += waits;
+    }
+    for (uint32_t i = 1; all && i < slots_used(c); i++)
+        if (atomic_load(&sh_slot(c, i)->waiting) != 0)
+            atomic_store(&sh_slot(c, i)->refused, freed + 1);
+    sh_unlock(c, &c->hdr->registry);
+    if (!all || refused == 0)
+        return 0;
+    sh_os_wake(&c->hdr->freed);
+    return refused;
+}
+
+/* Stamps: when a unit was first seen idle (S2, S4) */
+
+uint32_t sh_now_stamp(const struct sh_ctx *c)
+{
+    uint64_t stamp = (sh_os_now_ns() - c->hdr->created_ns) / 100000000u + 1;
+    return stamp < SH_STAMP_MAX ? (uint32_t)stamp : SH_STAMP_MAX - 1;
+}
+
+static bool is_unstamped(uint32_t u)
+{
+    return SH_UNIT_STATE(u) == SH_UNIT_COMMITTED && SH_UNIT_STAMP(u) == 0;
+}
+
+static bool is_due(uint32_t u, uint32_t stamp_le)
+{
+    if (SH_UNIT_STATE(u) != SH_UNIT_COMMITTED)
+        return false;
+    return stamp_le == SH_STAMP_MAX || (SH_UNIT_STAMP(u) != 0 && SH_UNIT_STAMP(u) <= stamp_le);
+}
+
+static uint64_t stamp_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp)
+{
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c), n = 0;
+    for (; unit < end; unit++) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
+        if (!is_unstamped(u))
+            continue;
+        atomic_store_explicit(sh_unit(c, unit), stamp << 3 | (u & 7u), RLX);
+        n++;
+    }
+    return n;
+}
+
+/* Blocks of a small span that touch a unit: [*first, *end). */
+static void blocks_of_unit(const struct sh_ctx *c, uint32_t kind, uint32_t unit, uint32_t *first, uint32_t *end)
+{
+    const struct sh_kind *k = &c->kinds[kind];
+    uint64_t from = (uint64_t)unit << c->geo.unit_shift, to = (uint64_t)(unit + 1) << c->geo.unit_shift;
+    *first = (uint32_t)(from / k->size);
+    *end = (uint32_t)((to + k->size - 1) / k->size);
+    *first = *first < k->nblocks ? *first : k->nblocks;
+    *end = *end < k->nblocks ? *end : k->nblocks;
+}
+
+/* Makes every FREE block of a unit a HOLE. False: one lives, and all are as they were. */
+static bool set_aside(struct sh_ctx *c, _Atomic uint64_t *words, uint32_t first, uint32_t end)
+{
+    for (uint32_t i = first; i < end; i++) {
+        uint64_t state = SH_BSTATE(atomic_load_explicit(&words[i], ACQ));
+        if (state != SH_BLOCK_FREE && state != SH_BLOCK_HOLE)
+            return false;
+    }
+    for (uint32_t i = first; i < end; i++) { /* the owner is locked out: none can come alive */
+        uint64_t w = atomic_load_explicit(&words[i], ACQ);
+        if (SH_BSTATE(w) == SH_BLOCK_FREE)
+            atomic_compare_exchange_strong(&words[i], &w, SH_BLOCK_WORD(SH_BLOCK_HOLE, SH_GEN(w)));
+    }
+    (void)c;
+    return true;
+}
+
+/* Stamps the idle units of a small span. Its owner is locked out. */
+static uint64_t stamp_small(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t stamp)
+{
+    uint32_t kind = SH_SPAN_KIND(span), first, end;
+    uint32_t units = SH_SPAN_NPAGES(span) * sh_units_per_page(c);
+    uint64_t base = sh_unit_of_page(c, page), n = 0;
+    for (uint32_t i = 0; i < units; i++) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, base + i), RLX);
+        if (!is_unstamped(u))
+            continue;
+        blocks_of_unit(c, kind, i, &first, &end);
+        if (!set_aside(c, sh_words(c, page, c->kinds[kind].tier), first, end))
+            continue;
+        atomic_store_explicit(sh_unit(c, base + i), stamp << 3 | (u & 7u), REL);
+        n++;
+    }
+    if (n != 0)
+        sh_hint_remote(c, page, span);
+    return n;
+}
+
+/* Locks the owner of a small span out of it: by its process lock, or by taking an orphan. False: the
+ * span is not what it was. */
+bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
+{
+    if (SH_SPAN_OWNER(*span) == SH_OWNER_NONE)
+        return take_orphan(c, page, span);
+    struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(*span));
+    if (sh_mutex(&s->mutex, PATIENCE_MS) != SH_OK)
+        return false;
+    if (sh_span(c, page) == *span)
+        return true;
+    sh_mutex_unlock(&s->mutex);
+    return false;
+}
+
+/* The span is no small span any more. */
+void sh_let_mutex(struct sh_ctx *c, uint64_t span)
+{
+    if (SH_SPAN_OWNER(span) != c->owner)
+        sh_mutex_unlock(&sh_slot(c, SH_SPAN_SLOT(span))->mutex);
+}
+
+void sh_let_small(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    if (SH_SPAN_OWNER(span) == c->owner)
+        make_orphan(c, page, span);
+    sh_let_mutex(c, span);
+}
+
+/* Free runs that the coordinator has out of the page heap for a moment */
+
+struct batch {
+    uint32_t page[BATCH];
+    uint64_t span[BATCH];
+    uint32_t n;
+};
+
+/* Takes those that still are what they were; batch->n of them are left. */
+static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
+{
+    uint32_t taken = 0;
+    enum sh_status status = sh_heap_lock(c, PATIENCE_MS);
+    if (status != SH_OK)
+        return status;
+    for (uint32_t i = 0; i < b->n; i++) {
+        if (!sh_pages_take_at(c, b->page[i], b->span[i]))
+            continue;
+        sh_commit(&c->hdr->heap);
+        b->page[taken] = b->page[i];
+        b->span[taken++] = b->span[i];
+    }
+    b->n = taken;
+    sh_heap_unlock(c);
+    return SH_OK;
+}
+
+static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
+{
+    enum sh_status status = b->n ? sh_pages_give(c, b->page, b->n, PATIENCE_MS) : SH_OK;
+    b->n = 0;
+    return status;
+}
+
+static enum sh_status stamp_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp, uint64_t *units)
+{
+    enum sh_status status = take_batch(c, b);
+    if (status != SH_OK)
+        return status;
+    for (uint32_t i = 0; i < b->n; i++)
+        *units += stamp_units(c, b->page[i], SH_SPAN_NPAGES(b->span[i]), stamp);
+    return give_batch(c, b);
+}
+
+static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le, bool unstamped)
+{
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    for (; unit < end; unit++) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
+        if (unstamped ? is_unstamped(u) : is_due(u, stamp_le))
+            return true;
+    }
+    return false;
+}
+
+/* Puts committed_units right if nothing moved while the walk counted. */
+static void recount_units(struct sh_ctx *c, uint64_t before)
+{
+    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift), n = 0;
+    for (uint64_t unit = 0; unit < used; unit++) {
+        uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));
+        if (state == SH_UNIT_RESERVED || state == SH_UNIT_RELEASING)
+            return;
+        n += state == SH_UNIT_COMMITTED;
+    }
+    atomic_compare_exchange_strong(&c->hdr->committed_units, &before, n);
+}
+
+/* Gives every idle unit that has no stamp this one. *units: how many. */
+enum sh_status sh_stamp(struct sh_ctx *c, uint32_t stamp, uint64_t *units)
+{
+    struct sh_walk walk = {0};
+    struct batch b = {.n = 0};
+    uint32_t page;
+    uint64_t span;
+    enum sh_status status;
+    *units = 0;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        if (!any_unit(c, page, SH_SPAN_NPAGES(span), 0, true))
+            continue;
+        if (SH_SPAN_STATE(span) == SH_FREE) {
+            b.page[b.n] = page;
+            b.span[b.n++] = span;
+        } else if (SH_SPAN_STATE(span) == SH_SMALL && sh_hold_small(c, page, &span)) {
+            *units += stamp_small(c, page, span, stamp);
+            sh_let_small(c, page, span);
+        }
+        if (b.n == BATCH && (status = stamp_batch(c, &b, stamp, units)) != SH_OK)
+            return status;
+    }
+    if (status == SH_ABSENT)
+        status = stamp_batch(c, &b, stamp, units);
+    recount_units(c, atomic_load(&c->hdr->committed_units));
+    return status;
+}
+
+/* Releasing */
+
+static bool claim_free_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le, struct punches *p)
+{
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    for (; unit < end; unit++) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
+        if (!is_due(u, stamp_le))
+            continue;
+        if (!punch_add(p, unit))
+            return false;
+        atomic_store_explicit(sh_unit(c, unit), SH_UNIT_RELEASING | (u & SH_UNIT_DIRTY), REL);
+    }
+    return true;
+}
+
+static bool all_holes(struct sh_ctx *c, uint32_t page, uint32_t kind, uint32_t unit)
+{
+    uint32_t first, end;
+    const _Atomic uint64_t *words = sh_words(c, page, c->kinds[kind].tier);
+    blocks_of_unit(c, kind, unit, &first, &end);
+    for (uint32_t i = first; i < end; i++)
+        if (SH_BSTATE(atomic_load_explicit(&words[i], ACQ)) != SH_BLOCK_HOLE)
+            return false;
+    return true;
+}
+
+/* Units inside a small span: whole OS pages between blocks that live (IN_USE_HOLE). */
+static bool claim_small_units(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t stamp_le, struct punches *p)
+{
+    uint64_t base = sh_unit_of_page(c, page);
+    uint32_t units = SH_SPAN_NPAGES(span) * sh_units_per_page(c);
+    if (!sh_hold_small(c, page, &span))
+        return true;
+    if (stamp_le == SH_STAMP_MAX)
+        stamp_small(c, page, span, SH_STAMP_MAX - 1);
+    bool room = true;
+    for (uint32_t i = 0; i < units && room; i++) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, base + i), RLX);
+        if (SH_UNIT_STAMP(u) == 0 || !is_due(u, stamp_le) || !all_holes(c, page, SH_SPAN_KIND(span), i))
+            continue;
+        room = punch_add(p, base + i);
+        if (room)
+            atomic_store_explicit(sh_unit(c, base + i), SH_UNIT_RELEASING | (u & SH_UNIT_DIRTY), REL);
+    }
+    sh_let_small(c, page, span);
+    return room;
+}
+
+/* Block words of pages that hold no block: whole OS pages of them go, too. */
+static void release_words(struct sh_ctx *c, uint32_t page, uint32_t npages)
+{
+    uint64_t tiers = 0, os = 1ull << c->geo.unit_shift;
+    for (uint32_t p = page; p < page + npages; p++)
+        tiers |= atomic_load_explicit(&sh_page(c, p)->mark, RLX) & SH_PAGE_TIERS;
+    for (uint32_t t = 0; t < SH_LARGE_TIER; t++) {
+        uint64_t stride = sh_stride(c, t), from = c->geo.words[t] + page * stride;
+        uint64_t to = from + npages * stride;
+        from = (from + os - 1) / os * os;
+        to = to / os * os;
+        if (!(tiers & SH_PAGE_TIER(t)) || from >= to || sh_os_unused(c, from, to - from) != 0)
+            continue;
+        uint32_t first = (uint32_t)((from - c->geo.words[t] + stride - 1) / stride);
+        uint32_t end = (uint32_t)((to - c->geo.words[t]) / stride);
+        for (uint32_t p = first; p < end; p++)
+            atomic_fetch_and_explicit(&sh_page(c, p)->mark, ~SH_PAGE_TIER(t), RLX);
+    }
+}
+
+static void unclaim(struct sh_ctx *c, const struct punches *p)
+{
+    for (uint32_t i = 0; i < p->n; i++)
+        sh_set_units(c, p->run[i].unit, p->run[i].n, SH_UNIT_COMMITTED | SH_UNIT_DIRTY);
+}
+
+/* What was claimed so far: nobody can still be looking at it after the handshake; then it goes. */
+static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct punches *p, uint64_t *bytes,
+                                      uint64_t *runs)
+{
+    enum sh_status status = SH_OK;
+    if (p->n != 0) {
+        status = sh_handshake(c, -1);
+        SH_CRASH("release:claimed");
+        if (status == SH_OK) {
+            status = punch_all(c, p);
+            *bytes += p->units << c->geo.unit_shift;
+            *runs += p->n;
+            for (uint32_t i = 0; i < b->n; i++)
+                release_words(c, b->page[i], SH_SPAN_NPAGES(b->span[i]));
+        } else {
+            unclaim(c, p);
+        }
+    }
+    enum sh_status given = give_batch(c, b);
+    sh_tell_waiters(c); /* room under a limit counts, too */
+    p->n = 0;
+    p->units = 0;
+    return status == SH_OK ? given : status;
+}
+
+/* Claims the due units of the free runs in the batch. */
+static enum sh_status claim_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp_le, struct punches *p)
+{
+    enum sh_status status = take_batch(c, b);
+    for (uint32_t i = 0; status == SH_OK && i < b->n; i++)
+        if (!claim_free_units(c, b->page[i], SH_SPAN_NPAGES(b->span[i]), stamp_le, p))
+            status = SH_NOMEM;
+    return status;
+}
+
+#define RUNS_AT_ONCE 4096u
+
+/* Gives back units that are idle since a stamp in 1..stamp_le (SH_STAMP_MAX: every idle one), about
+ * max_bytes a call. *more: the walk is not at its end. */
+enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_bytes, uint64_t *bytes,
+                          uint64_t *runs, bool *more)
+{
+    struct sh_walk walk = {.next = c->release_next};
+    struct batch b = {.n = 0};
+    struct punches p = {0};
+    uint32_t page = 0;
+    uint64_t span, waiting = 0; /* bytes of the runs in the batch */
+    enum sh_status status;
+    *bytes = *runs = 0;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        if (!any_unit(c, page, SH_SPAN_NPAGES(span), stamp_le, false))
+            continue;
+        if (SH_SPAN_STATE(span) == SH_FREE) {
+            b.page[b.n] = page;
+            b.span[b.n++] = span;
+            waiting += (uint64_t)SH_SPAN_NPAGES(span) << c->geo.page_shift;
+        } else if (SH_SPAN_STATE(span) == SH_SMALL && !claim_small_units(c, page, span, stamp_le, &p)) {
+            status = SH_NOMEM;
+            break;
+        }
+        if (b.n < BATCH && p.n < RUNS_AT_ONCE && waiting + (p.units << c->geo.unit_shift) < max_bytes)
+            continue;
+        status = claim_batch(c, &b, stamp_le, &p);
+        if (status == SH_OK)
+            status = release_claimed(c, &b, &p, bytes, runs);
+        waiting = 0;
+        if (status != SH_OK || *bytes >= max_bytes)
+            break;
+    }
+    *more = status == SH_OK;
+    if (status == SH_ABSENT) {
+        status = claim_batch(c, &b, stamp_le, &p);
+        if (status == SH_OK)
+            status = release_claimed(c, &b, &p, bytes, runs);
+    }
+    c->release_next = *more ? page + 1 : 0;
+    free(p.run);
+    return status;
+}

@@ -1,0 +1,249 @@
+/*
+ * What the core's files share among themselves: access to the shared tables by number, and the
+ * functions of each room. Bounds are checked where a number comes out of shared memory.
+ */
+#ifndef SHMHEAP_CORE_H
+#define SHMHEAP_CORE_H
+
+#include "shmheap.h"
+
+/* Crash points: in a test build the environment names one at which the process dies. */
+#ifdef SH_CRASH_POINTS
+void sh_crash_point(const char *name);
+#define SH_CRASH(name) sh_crash_point(name)
+#else
+#define SH_CRASH(name) ((void)0)
+#endif
+
+#define ACQ  memory_order_acquire
+#define REL  memory_order_release
+#define RLX  memory_order_relaxed
+#define ACQR memory_order_acq_rel
+
+/* Span records */
+
+#define SH_OWNER_NONE      0ull /* slot 0 with incarnation 0: nobody */
+#define SH_SPAN_STATE(s)   ((uint32_t)((s) >> 60))
+#define SH_SPAN_KIND(s)    ((uint32_t)((s) >> 53) & 0x7fu)
+#define SH_SPAN_OWNER(s)   ((s)&SH_OWNER_MASK)
+#define SH_SPAN_SLOT(s)    ((uint32_t)((s) >> 43) & 0x3ffu)
+#define SH_SPAN_NPAGES(s)  ((uint32_t)((s)&0xfffffffu))
+#define SH_OWNER_MASK      (0x1ffffffull << 28)
+#define SH_OWNER(slot, incarnation) ((uint64_t)(slot) << 43 | (uint64_t)((incarnation)&0x7fffu) << 28)
+#define SH_SPAN(state, kind, owner, n) \
+    ((uint64_t)(state) << 60 | (uint64_t)(kind) << 53 | (owner) | (uint64_t)(n))
+
+#define SH_PAIR(hi, lo) ((uint64_t)(hi) << 32 | (uint32_t)(lo))
+#define SH_HI(pair)     ((uint32_t)((pair) >> 32))
+#define SH_LO(pair)     ((uint32_t)(pair))
+
+static inline struct sh_page *sh_page(const struct sh_ctx *c, uint32_t page)
+{
+    return (struct sh_page *)(c->base + c->geo.pages) + page;
+}
+
+static inline uint64_t sh_span(const struct sh_ctx *c, uint32_t page)
+{
+    return atomic_load_explicit(&sh_page(c, page)->span, ACQ);
+}
+
+static inline void sh_set_span(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    atomic_store_explicit(&sh_page(c, page)->span, span, REL);
+}
+
+static inline _Atomic uint32_t *sh_unit(const struct sh_ctx *c, uint64_t unit)
+{
+    return (_Atomic uint32_t *)(c->base + c->geo.units) + unit;
+}
+
+static inline uint32_t sh_units_per_page(const struct sh_ctx *c)
+{
+    return 1u << (c->geo.page_shift - c->geo.unit_shift);
+}
+
+static inline uint64_t sh_unit_of_page(const struct sh_ctx *c, uint32_t page)
+{
+    return (uint64_t)page << (c->geo.page_shift - c->geo.unit_shift);
+}
+
+static inline uint8_t *sh_data(const struct sh_ctx *c, uint32_t page)
+{
+    return c->base + c->geo.data + ((uint64_t)page << c->geo.page_shift);
+}
+
+static inline struct sh_slot *sh_slot(const struct sh_ctx *c, uint32_t slot)
+{
+    return (struct sh_slot *)(c->base + c->geo.slots) + slot;
+}
+
+/* Bytes of block words that a page has in a tier. */
+static inline uint64_t sh_stride(const struct sh_ctx *c, uint32_t tier)
+{
+    return 1ull << (c->geo.page_shift - 1 - 2 * tier);
+}
+
+/* The words of the span that starts at a page run on from that page's slot in the tier. */
+static inline _Atomic uint64_t *sh_words(const struct sh_ctx *c, uint32_t page, uint32_t tier)
+{
+    return (_Atomic uint64_t *)(c->base + c->geo.words[tier] + page * sh_stride(c, tier));
+}
+
+static inline uint64_t sh_word_number(const struct sh_ctx *c, const _Atomic uint64_t *word)
+{
+    return (uint64_t)((const uint8_t *)word - c->base) / 8;
+}
+
+/* Block words for what is larger than a size class: one, in the sparsest tier. */
+#define SH_LARGE_TIER (SH_NTIERS - 1)
+
+static inline uint64_t sh_add(_Atomic uint64_t *counter, uint64_t n)
+{
+    return atomic_fetch_add_explicit(counter, n, RLX);
+}
+
+/* Adds to a counter that only this holder of a lock writes. */
+static inline void sh_bump(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, RLX) + n, RLX);
+}
+
+/* os.c: the only mmap, madvise, fallocate, futex and fork */
+void *sh_os_map(int fd, uint64_t bytes, bool writable);
+void sh_os_unmap(void *at, uint64_t bytes);
+void *sh_os_private(uint64_t bytes);
+void *sh_os_wiped_on_fork(void);
+int sh_os_commit(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
+int sh_os_unused(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
+void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited);    /* NULL and errno EAGAIN: another has it */
+void sh_os_not_inherited(void *held);
+void sh_os_let_go(void *held);
+bool sh_os_byte_is_held(int fd, uint64_t byte);
+uint64_t sh_os_now_ns(void);
+uint64_t sh_os_pid_namespace(void);
+int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms); /* 0 or errno */
+void sh_os_wake(_Atomic uint32_t *word);
+int sh_os_spawn_detached(char *const argv[], const char *log_path); /* 0 or errno */
+void sh_os_sleep_ms(int ms);
+
+/* lock.c */
+enum { SH_RANK_REGISTRY = 1, SH_RANK_ROOTS, SH_RANK_HEAP, SH_RANK_PROCESS };
+int sh_mutex_init(pthread_mutex_t *);
+void sh_lock_init(struct sh_lock *, uint32_t rank);
+/* SH_OK, SH_BUSY, SH_CORRUPT; SH_CHANGED: held, but its log was bad and the caller must rebuild what
+ * it guards and then call sh_lock_rebuilt. */
+enum sh_status sh_lock(struct sh_ctx *, struct sh_lock *, int wait_ms);
+void sh_unlock(struct sh_ctx *, struct sh_lock *);
+void sh_lock_rebuilt(struct sh_lock *);
+enum sh_status sh_mutex(pthread_mutex_t *, int wait_ms);
+void sh_mutex_unlock(pthread_mutex_t *);
+void sh_poison(struct sh_ctx *);
+void sh_fork_ranks(void);
+
+/* Changes a plain word under a lock: first its old value goes into the log (I-3). */
+static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint64_t value)
+{
+    _Atomic uint64_t *at = word;
+    uint32_t n = atomic_load_explicit(&l->len, RLX);
+    assert(n < SH_UNDO_MAX);
+    l->log[n].off = (uint64_t)((uint8_t *)word - c->base);
+    l->log[n].old = atomic_load_explicit(at, RLX);
+    atomic_store_explicit(&l->len, n + 1, REL);
+    atomic_signal_fence(memory_order_seq_cst);
+    atomic_store_explicit(at, value, REL);
+}
+
+/* What was changed so far is whole: forget how to undo it. */
+static inline void sh_commit(struct sh_lock *l)
+{
+    atomic_store_explicit(&l->len, 0, REL);
+}
+
+/* pages.c: the page heap */
+enum sh_status sh_heap_lock(struct sh_ctx *, int wait_ms);
+static inline void sh_heap_unlock(struct sh_ctx *c)
+{
+    sh_unlock(c, &c->hdr->heap);
+}
+enum sh_status sh_pages_take(struct sh_ctx *, uint32_t npages, int wait_ms, uint32_t *page);
+bool sh_pages_take_at(struct sh_ctx *, uint32_t page, uint64_t span); /* heap locked */
+enum sh_status sh_pages_give(struct sh_ctx *, const uint32_t *pages, uint32_t n, int wait_ms);
+void sh_tell_waiters(struct sh_ctx *);
+enum sh_status sh_pages_commit(struct sh_ctx *, uint32_t page, uint32_t npages);
+enum sh_status sh_pages_rebuild(struct sh_ctx *);
+uint64_t sh_units_released(const struct sh_ctx *, uint64_t unit, uint64_t n);
+bool sh_budget(struct sh_ctx *, uint64_t units);
+void sh_unbudget(struct sh_ctx *, uint64_t units);
+void sh_set_units(struct sh_ctx *, uint64_t unit, uint64_t n, uint32_t value);
+enum sh_status sh_status_of_errno(int error);
+uint32_t sh_head_of(const struct sh_ctx *, uint32_t page); /* SH_NIL: not inside a span with a head */
+void sh_link(struct sh_ctx *, uint64_t *list, uint32_t page, bool at_end); /* heap locked, logged */
+void sh_unlink(struct sh_ctx *, uint64_t *list, uint32_t page);
+uint32_t sh_bin_of(uint32_t npages);
+
+/* Heads of spans in page order, a batch at a time; the batch is a snapshot under the heap lock. */
+struct sh_walk {
+    uint32_t next; /* page at which the following batch starts */
+    uint32_t n, i;
+    uint32_t page[128];
+    uint64_t span[128];
+};
+enum sh_status sh_walk_next(struct sh_ctx *, struct sh_walk *, uint32_t *page, uint64_t *span);
+
+/* span.c: spans of one class, and who knows which of their blocks are free. "Locked": by the process
+ * lock of c. */
+void sh_kinds_init(struct sh_ctx *);
+enum sh_status sh_refill(struct sh_ctx *, uint32_t kind, int wait_ms); /* not locked */
+struct sh_pspan *sh_pspan_new(struct sh_ctx *, uint32_t page, uint32_t kind);
+void sh_pspan_add(struct sh_ctx *, struct sh_pspan *, uint64_t span); /* locked */
+int64_t sh_pspan_pop(struct sh_ctx *, uint32_t kind, struct sh_pspan **); /* locked; -1: none */
+bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *, uint32_t index);   /* locked; empty, given up? */
+void sh_pspans_forget(struct sh_ctx *);
+void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
+enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);
+void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic uint64_t *word);
+void sh_span_keep_generations(struct sh_ctx *, uint32_t page, uint64_t span);
+bool sh_span_is_empty(struct sh_ctx *, uint32_t page, uint64_t span);
+bool sh_span_give_up(struct sh_ctx *, uint32_t page, uint64_t span, uint32_t state);
+void sh_defer(struct sh_ctx *, uint32_t page);
+void sh_hint_remote(struct sh_ctx *, uint32_t page, uint64_t span);
+void sh_block_units(const struct sh_ctx *, uint32_t kind, uint32_t index, uint32_t *first, uint32_t *last);
+
+/* block.c */
+enum sh_drop { SH_DROPPED, SH_FREED, SH_GONE };
+enum sh_drop sh_count_down(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
+bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
+void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
+void sh_block_freed(struct sh_ctx *, const struct sh_ref *); /* locked */
+uint64_t sh_block_bytes(const struct sh_ctx *, const struct sh_ref *, uint64_t word);
+enum sh_status sh_after_free(struct sh_ctx *);
+bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
+enum sh_status sh_pin(struct sh_ctx *, struct sh_ref *); /* locked; SH_SLOW: no cell */
+void sh_pin_clear(struct sh_ctx *, uint32_t pin);        /* locked: the cell only */
+void sh_pin_free(struct sh_ctx *, uint32_t pin);         /* locked: may be taken again */
+
+static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin)
+{
+    uint32_t shift = c->geo.page_shift - 3;
+    return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) + (pin & ((1u << shift) - 1));
+}
+/* coord.c */
+enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
+enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
+enum sh_status sh_give_all(struct sh_ctx *);
+uint64_t sh_heap_alloc(const struct sh_ctx *);   /* bytes in live blocks, from the counters */
+uint64_t sh_heap_objects(const struct sh_ctx *);
+bool sh_hold_small(struct sh_ctx *, uint32_t page, uint64_t *span);
+void sh_let_small(struct sh_ctx *, uint32_t page, uint64_t span);
+void sh_let_mutex(struct sh_ctx *, uint64_t span);
+
+static inline uint32_t sh_phase_of(uint32_t phase)
+{
+    return phase & 0xffu;
+}
+static inline uint64_t sh_touch_of(uint32_t phase)
+{
+    return (uint64_t)((phase >> 8) & 0x3fu) << SH_TOUCH_SHIFT;
+}
+
+#endif

@@ -1,0 +1,280 @@
+/*
+ * The bytes that processes share, and nothing else.
+ *
+ * Every field says its unit, who writes it and what guards it. Positions are offsets from the start
+ * of the file, page numbers, or word numbers, never addresses. What a process keeps for itself (its
+ * mapping, its bitmaps of free blocks) is struct sh_ctx in shmheap.h.
+ *
+ *   header | slots | roots | page records | unit words | block words, tier 4..0 | data area
+ *
+ * The tables are as long as the capacity asks for and sparse: a table page is committed before its
+ * first use and costs nothing until then.
+ *
+ * "W: x" is who writes a field, "L: y" the lock that guards it. Fields without L are atomics with an
+ * order of their own, described in docs/invariants.md.
+ */
+#ifndef SHMHEAP_LAYOUT_H
+#define SHMHEAP_LAYOUT_H
+
+#include <assert.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#include "size_classes.h"
+
+#define SH_MAGIC        "SHMHEAP"
+#define SH_VERSION      1u
+#define SH_MAX_SLOTS    1024u /* slot 0 is the coordinator's */
+#define SH_MAX_PAGES    (1u << 28)
+#define SH_NIL          0xffffffffu /* no page, no root entry */
+#define SH_CONFIG_BYTES 2048u
+#define SH_LINE         64
+
+/* Phases of a collection (DESIGN section 6, rules 10 to 13). */
+enum sh_phase { SH_IDLE, SH_MARK, SH_FINAL, SH_SWEEP };
+
+/* Lock and undo log (I-2, I-3) */
+
+#define SH_UNDO_MAX 64u
+
+struct sh_undo {
+    uint64_t off; /* bytes from the start of the file, a multiple of 8 */
+    uint64_t old; /* the word there before the operation */
+};
+
+/* A lock with the log of the operation that holds it. Registry, roots and heap have one each. */
+struct sh_lock {
+    _Alignas(SH_LINE) pthread_mutex_t mutex; /* robust, error-checking, process-shared */
+    uint32_t rank;                           /* order of acquisition; W: creation */
+    _Alignas(SH_LINE) _Atomic uint32_t len;  /* entries published; W: holder, or whoever recovers */
+    _Atomic uint32_t rebuild; /* 1: the log was bad, the caches are to be rebuilt; W: holder */
+    struct sh_undo log[SH_UNDO_MAX]; /* W: holder */
+};
+
+/* A process (I-7, I-8). Its lock has no log: pins, leases, references and block words have write
+ * orders of their own, so whoever finds its holder dead has nothing to repair (I-3). */
+
+enum sh_slot_state { SH_SLOT_FREE, SH_SLOT_LIVE, SH_SLOT_DETACHED, SH_SLOT_DEAD };
+
+struct sh_slot {
+    _Alignas(SH_LINE) pthread_mutex_t mutex; /* L: held from reading the phase to the last step */
+    _Atomic uint32_t state;                  /* enum sh_slot_state; L: registry */
+    _Atomic uint32_t incarnation;            /* uses of this slot so far; L: registry */
+    _Atomic uint32_t pid;                    /* L: registry */
+    uint32_t unused0;
+
+    _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator; L: mutex */
+    _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner */
+    _Atomic uint32_t wait_seen;               /* hdr.freed that the last waiter saw; W: owner */
+    _Atomic uint32_t refused;                 /* wait_seen that was refused; W: coordinator */
+    _Atomic uint64_t remote;                  /* classes (mod 64) others freed into; W: anybody */
+    _Atomic uint32_t leases_taken;            /* 1: cells of ours were cleared; W: anybody */
+    _Atomic uint32_t dying;                   /* reserved for node blocks: dying list, page or NIL */
+    _Atomic uint64_t ended_ns;                /* when its end was noticed, 0 = not; W: coordinator */
+
+    /* Statistics, W: owner; L: mutex. Hints: the collector's walk is the truth. */
+    _Alignas(SH_LINE) _Atomic uint64_t mallocs; /* blocks */
+    _Atomic uint64_t frees;                     /* blocks, whoever allocated them */
+    _Atomic uint64_t alloc_bytes;
+    _Atomic uint64_t freed_bytes;
+    _Atomic uint64_t pins;   /* cells in use */
+    _Atomic uint64_t leases; /* leases made */
+    uint64_t unused1[2 + 8]; /* the line beside the next slot's mutex stays ours */
+};
+static_assert(sizeof(struct sh_slot) == 256, "a slot is four lines");
+
+/* A named root. cell: block cell as in a pin, 0 = absent; W: anybody under its own slot's mutex and
+ * the roots lock. The rest L: roots. */
+#define SH_ROOT_NAME_MAX 224u
+#define SH_ROOT_BUCKETS  2048u
+#define SH_MAX_ROOTS     65536u
+
+struct sh_root {
+    _Atomic uint64_t cell;
+    uint64_t next; /* entry in the same bucket, or in the free list; SH_NIL = none */
+    uint32_t hash; /* FNV-1a of the name */
+    uint32_t len;  /* bytes of the name */
+    uint64_t unused;
+    char name[SH_ROOT_NAME_MAX];
+};
+static_assert(sizeof(struct sh_root) == 256, "a root entry is four lines");
+
+/* A page (I-1). The record of a span is that of its first page. */
+
+enum sh_page_state {
+    SH_NONE,      /* inside a span, or never used */
+    SH_FREE,      /* in a free list */
+    SH_RESERVED,  /* the owner's: being committed, cut, or on its way to be freed */
+    SH_RELEASING, /* the coordinator's: being stamped or punched */
+    SH_SMALL,     /* blocks of one class; allocated from by the owner; no owner: an orphan */
+    SH_LARGE,     /* one block */
+    SH_PINS,      /* the owner's pin cells, 8 bytes each */
+    SH_LEASES,    /* the owner's leases, 16 bytes each */
+    SH_RETIRED    /* generations exhausted; never used again */
+};
+
+struct sh_page {
+    /* state:4 class:7 owner:10 incarnation:15 npages:28. Of a FREE span L: heap; of any other W:
+     * owner, or the coordinator under the owner's slot mutex, in one store. */
+    _Atomic uint64_t span;
+    /* FREE and orphans: next:32 prev:32 in a circular list (L: heap). LARGE: bytes asked for. */
+    _Atomic uint64_t link;
+    /* head:32 released:32. head: first page of the span this page lies in, kept for every page of a
+     * SMALL, PINS or LEASES span and for the last page of a FREE one. released: of the first page of
+     * a FREE span, how many of its units are RELEASED, "npreleased" (L: heap). */
+    _Atomic uint64_t head;
+    /* generation:40, the next one that no block starting in this page had ("watermark"; W: whoever
+     * holds the span RESERVED or RELEASING). Bits 56..60: tiers whose words here may be committed
+     * (likewise). Bit 63: a block was freed by another process than the owner (W: anybody). */
+    _Atomic uint64_t mark;
+};
+static_assert(sizeof(struct sh_page) == 32, "records are packed");
+
+#define SH_PAGE_GEN_BITS 40
+#define SH_PAGE_TIER(t)  (1ull << (56 + (t)))
+#define SH_PAGE_TIERS    (0x1full << 56)
+#define SH_PAGE_REMOTE   (1ull << 63)
+
+/* A unit: an OS page of the data area. state:2 dirty:1 stamp:29. Written only by whoever holds its
+ * span RESERVED or RELEASING; inside a SMALL span by the owner or the coordinator, each under the
+ * owner's slot mutex, or, from RESERVED to COMMITTED and from RELEASING to RELEASED, by whom the
+ * first half of that step made its keeper. All zero: never touched. */
+enum sh_unit_state { SH_UNIT_RELEASED, SH_UNIT_COMMITTED, SH_UNIT_RESERVED, SH_UNIT_RELEASING };
+
+#define SH_UNIT_STATE(u) ((u)&3u)
+#define SH_UNIT_DIRTY    4u
+#define SH_UNIT_STAMP(u) ((u) >> 3) /* 0.1 s since creation + 1; 0 = not seen idle yet */
+#define SH_STAMP_MAX     ((1u << 29) - 1)
+
+/* A block word: state:2 node:1 mark:1 padded:1 touched:6 count:16 generation:37. Changed by CAS only
+ * (DESIGN section 6). */
+enum sh_block_state { SH_BLOCK_FREE, SH_BLOCK_LIVE, SH_BLOCK_DYING, SH_BLOCK_HOLE };
+
+#define SH_GEN_BITS     37
+#define SH_GEN_MAX      ((1ull << SH_GEN_BITS) - 1) /* a block that reaches it is retired */
+#define SH_GEN(w)       ((w)&SH_GEN_MAX)
+#define SH_COUNT_SHIFT  SH_GEN_BITS
+#define SH_COUNT_MAX    0xffffull /* sticks: only the collector frees such a block */
+#define SH_COUNT_ONE    (1ull << SH_COUNT_SHIFT)
+#define SH_COUNT(w)     (((w) >> SH_COUNT_SHIFT) & SH_COUNT_MAX)
+#define SH_TOUCH_SHIFT  (SH_COUNT_SHIFT + 16)
+#define SH_TOUCH_MASK   (0x3full << SH_TOUCH_SHIFT)
+#define SH_TOUCHED(w)   (((w) & SH_TOUCH_MASK) >> SH_TOUCH_SHIFT)
+#define SH_PADDED       (1ull << 59) /* fewer bytes were asked for than the class has */
+#define SH_MARKED       (1ull << 60)
+#define SH_NODE         (1ull << 61)
+#define SH_BSTATE_SHIFT 62
+#define SH_BSTATE(w)    ((w) >> SH_BSTATE_SHIFT)
+#define SH_BLOCK_WORD(state, gen) (((uint64_t)(state) << SH_BSTATE_SHIFT) | (gen))
+
+/* A cell that holds a block: word number:40 (offset of the block word / 8), low generation:24.
+ * A lease's cell has a sequence number, never 0, in place of the generation. */
+#define SH_CELL(word, low)  ((uint64_t)(word) << 24 | ((low)&0xffffffu))
+#define SH_CELL_WORD(cell)  ((cell) >> 24)
+#define SH_CELL_LOW(cell)   ((uint32_t)((cell)&0xffffffu))
+
+struct sh_lease {
+    _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */
+    _Atomic uint64_t made_ns; /* CLOCK_MONOTONIC; W: owner, before the cell */
+};
+
+/* Free lists: one per page count up to 64, then eight per doubling. */
+#define SH_NBINS 240u
+
+/* Things that can be asked of the coordinator, by ticket. */
+enum sh_request { SH_REQ_GC, SH_REQ_SCAVENGE, SH_REQ_SCAVENGE_ALL, SH_NREQUESTS };
+#define SH_REPORT_FIELDS 12u
+
+struct sh_request_line {
+    _Alignas(SH_LINE) _Atomic uint32_t wanted; /* newest ticket; W: anybody */
+    _Atomic uint32_t done;                     /* newest ticket answered, a futex; W: coordinator */
+    _Atomic uint64_t fields[SH_REPORT_FIELDS]; /* the answer; W: coordinator, before done */
+};
+
+/* Why the coordinator was woken. */
+enum { SH_WANT_GC = 1, SH_WANT_SCAVENGE = 2, SH_WANT_MEMORY = 4, SH_WANT_REAP = 8, SH_WANT_LEAVE = 16 };
+
+#define SH_PAUSES 256u
+
+struct sh_header {
+    /* Identity; W: creation */
+    char magic[8];
+    uint32_t version;
+    uint32_t header_bytes; /* sizeof(struct sh_header): another compiler or libc is refused */
+    uint64_t nonce;        /* random; names the arena for ever */
+    uint64_t capacity;     /* bytes of the data area, whole pages */
+    uint64_t file_bytes;
+    uint64_t pid_namespace; /* inode: robust mutexes hold thread ids of one namespace (I-8) */
+    uint64_t created_ns;    /* CLOCK_MONOTONIC */
+    uint32_t page_shift;
+    uint32_t unit_shift;
+    uint32_t config_bytes;
+    uint32_t unused0;
+    char config[SH_CONFIG_BYTES]; /* JSON */
+
+    struct sh_lock registry; /* rank 1: slots, closing */
+    struct sh_lock roots;    /* rank 2: root names */
+    struct sh_lock heap;     /* rank 3: free lists, high-water mark */
+
+    /* L: registry */
+    _Alignas(SH_LINE) _Atomic uint32_t closing; /* 1: nobody may attach any more */
+    _Atomic uint32_t unlinked;                  /* 1: the name is gone; W: whoever unlinked */
+    _Atomic uint32_t poisoned;                  /* 1: a rebuild failed; W: anybody, for ever (I-3) */
+    _Atomic uint32_t slots_used;                /* slots 0..n-1 were used at some time */
+
+    /* Read on many paths, written rarely */
+    _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator */
+    _Atomic uint32_t waiters;                 /* threads that wait for memory; W: they, reaper */
+    _Atomic uint64_t limit_units;             /* soft limit of committed units; W: coordinator */
+    _Atomic uint64_t gc_trigger_pages;        /* pages in use that want a GC; W: coordinator */
+
+    _Alignas(SH_LINE) _Atomic uint32_t freed; /* futex: goes up when memory comes free for a waiter */
+    _Alignas(SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
+
+    /* Units RESERVED, COMMITTED or RELEASING: what the kernel holds of the data area. A hint, put
+     * right by the stamping walk. */
+    _Alignas(SH_LINE) _Atomic uint64_t committed_units;
+
+    /* L: heap, logged. 64 bits each, for the log. */
+    _Alignas(SH_LINE) _Atomic uint64_t used_pages; /* high-water mark: no page at or above was used */
+    _Atomic uint64_t inuse_pages;                  /* pages of spans that are not FREE */
+    _Atomic uint64_t table_pages;                  /* tables are committed for pages below this */
+    uint64_t bin_bits[(SH_NBINS + 63) / 64];       /* non-empty bins */
+    uint64_t bins[SH_NBINS];                       /* first page of the list, SH_NIL = empty */
+    uint64_t orphans[SH_NCLASSES];                 /* SMALL spans without owner; first page */
+
+    /* L: roots, logged */
+    _Alignas(SH_LINE) uint64_t roots_used; /* entries 0..n-1 were used */
+    uint64_t roots_free;                   /* first of the free list */
+    uint64_t root_buckets[SH_ROOT_BUCKETS];
+
+    /* W: coordinator. Statistics of slots that are no more, and of collections */
+    _Alignas(SH_LINE) _Atomic uint64_t past_mallocs;
+    _Atomic uint64_t past_frees;
+    _Atomic uint64_t past_alloc_bytes;
+    _Atomic uint64_t past_freed_bytes;
+    _Atomic uint64_t next_gc; /* heap_alloc at which a GC is due, bytes */
+    _Atomic uint64_t last_gc; /* CLOCK_MONOTONIC ns, 0 = never */
+    _Atomic uint64_t num_gc;
+    _Atomic uint64_t num_forced_gc;
+    _Atomic uint64_t pause_total_ns;
+    _Atomic uint64_t pause_ns[SH_PAUSES]; /* ring, num_gc mod SH_PAUSES */
+
+    struct sh_request_line requests[SH_NREQUESTS];
+};
+
+static_assert(sizeof(pthread_mutex_t) <= 48, "a mutex leaves room on its line");
+static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics are lock-free");
+
+/* Where everything lies; computed from capacity and shifts, never read from the file. */
+#define SH_NTIERS 5u /* block words of blocks of 16 * 4^t bytes and more */
+
+struct sh_geometry {
+    uint64_t capacity;
+    uint64_t slots, roots, pages, units, words[SH_NTIERS], data, end; /* offsets, bytes */
+    uint32_t page_shift, unit_shift;
+    uint32_t npages;
+};
+
+#endif

@@ -1,0 +1,162 @@
+/*
+ * Robust locks and the undo log (I-2, I-3).
+ *
+ * Three locks have a log: registry, roots and heap. An operation holds at most one of them, and at
+ * most one process lock inside it; the log is that of the outer one. A process lock guards pins,
+ * leases, references and block words, none of which is ever logged: whoever finds its holder dead
+ * has nothing to repair. So recovery never needs a second lock.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <time.h>
+
+#ifdef SH_DEBUG
+/* Ranks held by this thread, a bit each: locks are taken in ascending order, two at most. */
+static _Thread_local uint32_t ranks_held;
+static void rank_taken(uint32_t rank)
+{
+    assert((ranks_held >> rank) == 0 && "locks are taken in rank order");
+    assert(__builtin_popcount(ranks_held) < 2 && "at most two locks at once");
+    ranks_held |= 1u << rank;
+}
+static void rank_left(uint32_t rank)
+{
+    ranks_held &= ~(1u << rank);
+}
+void sh_fork_ranks(void)
+{
+    ranks_held = 0;
+}
+#else
+void sh_fork_ranks(void)
+{
+}
+static inline void rank_taken(uint32_t rank)
+{
+    (void)rank;
+}
+static inline void rank_left(uint32_t rank)
+{
+    (void)rank;
+}
+#endif
+
+int sh_mutex_init(pthread_mutex_t *m)
+{
+    pthread_mutexattr_t a;
+    pthread_mutexattr_init(&a);
+    pthread_mutexattr_setpshared(&a, PTHREAD_PROCESS_SHARED);
+    pthread_mutexattr_setrobust(&a, PTHREAD_MUTEX_ROBUST);
+    pthread_mutexattr_settype(&a, PTHREAD_MUTEX_ERRORCHECK);
+    int rc = pthread_mutex_init(m, &a);
+    pthread_mutexattr_destroy(&a);
+    return rc;
+}
+
+void sh_lock_init(struct sh_lock *l, uint32_t rank)
+{
+    sh_mutex_init(&l->mutex);
+    l->rank = rank;
+    atomic_store(&l->len, 0);
+    atomic_store(&l->rebuild, 0);
+}
+
+static int acquire(pthread_mutex_t *m, int wait_ms)
+{
+    int rc = pthread_mutex_trylock(m);
+    if (rc != EBUSY || wait_ms == 0)
+        return rc;
+    uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+    return pthread_mutex_clocklock(m, CLOCK_MONOTONIC, &t);
+}
+
+/* A process lock. Its dead holder leaves nothing to repair. */
+enum sh_status sh_mutex(pthread_mutex_t *m, int wait_ms)
+{
+    int rc = acquire(m, wait_ms);
+    if (rc == EOWNERDEAD) {
+        pthread_mutex_consistent(m);
+        rc = 0;
+    }
+    if (rc != 0)
+        return rc == EBUSY || rc == ETIMEDOUT ? SH_BUSY : SH_CORRUPT;
+    rank_taken(SH_RANK_PROCESS);
+    return SH_OK;
+}
+
+void sh_mutex_unlock(pthread_mutex_t *m)
+{
+    rank_left(SH_RANK_PROCESS);
+    pthread_mutex_unlock(m);
+}
+
+/* Only words that operations log may be restored: a bad log must not write anywhere else. */
+static bool may_be_logged(const struct sh_ctx *c, uint64_t off)
+{
+    const struct sh_header *h = c->hdr;
+    uint64_t heap = (uint64_t)((const uint8_t *)&h->used_pages - c->base);
+    uint64_t heap_end = (uint64_t)((const uint8_t *)&h->past_mallocs - c->base);
+    uint64_t registry = (uint64_t)((const uint8_t *)&h->closing - c->base);
+    if (off % 8 != 0)
+        return false;
+    return (off >= heap && off < heap_end) || (off >= registry && off < registry + SH_LINE) ||
+           (off >= c->geo.roots && off < c->geo.pages) || (off >= c->geo.pages && off < c->geo.units);
+}
+
+/* Newest first. Restoring a word twice is harmless, so a death in here is just another death. */
+static bool roll_back(struct sh_ctx *c, struct sh_lock *l)
+{
+    uint32_t n = atomic_load_explicit(&l->len, ACQ);
+    if (n > SH_UNDO_MAX)
+        return false;
+    for (uint32_t i = n; i-- > 0;) {
+        uint64_t off = l->log[i].off;
+        if (!may_be_logged(c, off))
+            return false;
+        atomic_store_explicit((_Atomic uint64_t *)(c->base + off), l->log[i].old, REL);
+    }
+    sh_commit(l);
+    return true;
+}
+
+enum sh_status sh_lock(struct sh_ctx *c, struct sh_lock *l, int wait_ms)
+{
+    int rc = acquire(&l->mutex, wait_ms);
+    if (rc == EBUSY || rc == ETIMEDOUT)
+        return SH_BUSY;
+    if (rc != 0 && rc != EOWNERDEAD)
+        return SH_CORRUPT;
+    rank_taken(l->rank);
+    if (rc == EOWNERDEAD) {
+        if (!roll_back(c, l))
+            atomic_store_explicit(&l->rebuild, 1, REL); /* until rebuilt, also if we die */
+        pthread_mutex_consistent(&l->mutex);
+    }
+    if (atomic_load_explicit(&c->hdr->poisoned, RLX)) {
+        sh_unlock(c, l);
+        return SH_CORRUPT;
+    }
+    return atomic_load_explicit(&l->rebuild, RLX) ? SH_CHANGED : SH_OK;
+}
+
+void sh_unlock(struct sh_ctx *c, struct sh_lock *l)
+{
+    (void)c;
+    sh_commit(l);
+    rank_left(l->rank);
+    pthread_mutex_unlock(&l->mutex);
+}
+
+void sh_lock_rebuilt(struct sh_lock *l)
+{
+    sh_commit(l);
+    atomic_store_explicit(&l->rebuild, 0, REL);
+}
+
+/* What cannot be repaired is refused by everybody from now on, never used in silence (I-3). */
+void sh_poison(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->poisoned, 1);
+}

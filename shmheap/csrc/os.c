@@ -1,0 +1,226 @@
+/*
+ * The operating system, through one door: mapping, committing, giving back, liveness locks, futexes
+ * and the start of a detached process. Nothing here is called under a shared lock (I-4).
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/futex.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* One fallocate of more would be rolled back whole when a signal or a full disk cuts it (I-5). */
+#define COMMIT_STEP (1ull << 20)
+
+void *sh_os_map(int fd, uint64_t bytes, bool writable)
+{
+    int prot = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+    void *at = mmap(NULL, bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (at == MAP_FAILED)
+        return NULL;
+    madvise(at, bytes, MADV_DONTDUMP); /* other processes' data does not belong into our core dump */
+    return at;
+}
+
+void sh_os_unmap(void *at, uint64_t bytes)
+{
+    munmap(at, bytes);
+}
+
+/* Zeroed memory of this process alone, which costs nothing until it is touched. */
+void *sh_os_private(uint64_t bytes)
+{
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                    -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+/* A page that a forked child finds zeroed, so that it can tell (FACTS: 0.4 ns a look). */
+void *sh_os_wiped_on_fork(void)
+{
+    uint32_t *at = sh_os_private((uint64_t)sysconf(_SC_PAGESIZE));
+    if (at == NULL)
+        return NULL;
+    if (madvise(at, (size_t)sysconf(_SC_PAGESIZE), MADV_WIPEONFORK) != 0) {
+        munmap(at, (size_t)sysconf(_SC_PAGESIZE));
+        return NULL;
+    }
+    *at = 1;
+    return at;
+}
+
+/* Whether c->fd is still our file: a daemonizer may have closed it, and the number been used again. */
+static bool fd_is_ours(const struct sh_ctx *c)
+{
+    struct stat st;
+    return c->fd >= 0 && fstat(c->fd, &st) == 0 && st.st_dev == c->dev && st.st_ino == c->ino;
+}
+
+static int commit_step(struct sh_ctx *c, uint64_t off, uint64_t bytes)
+{
+    int error;
+    do {
+        if (fd_is_ours(c))
+            error = fallocate(c->fd, 0, (off_t)off, (off_t)bytes) == 0 ? 0 : errno;
+        else /* faults the pages in without a descriptor, and fails rather than signals */
+            error = madvise(c->base + off, bytes, MADV_POPULATE_WRITE) == 0 ? 0
+                    : errno == EFAULT || errno == ENOMEM                    ? ENOSPC
+                                                                            : errno;
+    } while (error == EINTR);
+    return error;
+}
+
+int sh_os_commit(struct sh_ctx *c, uint64_t off, uint64_t bytes)
+{
+    uint64_t unit = 1ull << c->geo.unit_shift;
+    uint64_t end = (off + bytes + unit - 1) & ~(unit - 1);
+    for (off &= ~(unit - 1); off < end;) {
+        uint64_t step = end - off < COMMIT_STEP ? end - off : COMMIT_STEP;
+        int error = commit_step(c, off, step);
+        if (error != 0)
+            return error;
+        SH_CRASH("commit:step");
+        off += step;
+    }
+    return 0;
+}
+
+/* On shared memory MADV_DONTNEED frees nothing; this does (FACTS section 1). */
+int sh_os_unused(struct sh_ctx *c, uint64_t off, uint64_t bytes)
+{
+    int error;
+    do
+        error = madvise(c->base + off, bytes, MADV_REMOVE) == 0 ? 0 : errno;
+    while (error == EINTR || error == EAGAIN);
+    return error;
+}
+
+static struct flock lock_of_byte(uint64_t byte)
+{
+    return (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+}
+
+/* Holds the byte's lock for as long as this process has the returned page mapped: the lock belongs
+ * to an open file that nothing but the mapping refers to (I-8). */
+void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int own = open(path, O_RDWR | O_CLOEXEC); /* an open file of its own, also of an unlinked file */
+    if (own < 0)
+        return NULL;
+    struct flock l = lock_of_byte(byte);
+    void *at = NULL;
+    if (fcntl(own, F_OFD_SETLK, &l) == 0) {
+        at = mmap(NULL, (size_t)sysconf(_SC_PAGESIZE), PROT_READ, MAP_SHARED, own, 0);
+        if (at == MAP_FAILED)
+            at = NULL;
+        else if (!inherited)
+            sh_os_not_inherited(at);
+    }
+    int error = errno;
+    close(own);
+    errno = error == EACCES ? EAGAIN : error;
+    return at;
+}
+
+void sh_os_not_inherited(void *held)
+{
+    madvise(held, (size_t)sysconf(_SC_PAGESIZE), MADV_DONTFORK);
+}
+
+void sh_os_let_go(void *held)
+{
+    munmap(held, (size_t)sysconf(_SC_PAGESIZE));
+}
+
+bool sh_os_byte_is_held(int fd, uint64_t byte)
+{
+    struct flock l = lock_of_byte(byte);
+    if (fcntl(fd, F_OFD_GETLK, &l) != 0)
+        return true; /* cannot tell: nobody is declared dead on a guess */
+    return l.l_type != F_UNLCK;
+}
+
+uint64_t sh_os_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+uint64_t sh_os_pid_namespace(void)
+{
+    struct stat st;
+    return stat("/proc/self/ns/pid", &st) == 0 ? st.st_ino : 0;
+}
+
+int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms)
+{
+    struct timespec t = {.tv_sec = wait_ms / 1000, .tv_nsec = (long)(wait_ms % 1000) * 1000000};
+    long rc = syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, NULL, 0);
+    return rc == 0 || errno == EAGAIN ? 0 : errno;
+}
+
+void sh_os_wake(_Atomic uint32_t *word)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+}
+
+void sh_os_sleep_ms(int ms)
+{
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+    nanosleep(&t, NULL);
+}
+
+/* The grandchild: a session of its own that it does not lead, no terminal, no inherited descriptors.
+ * Only async-signal-safe calls: other threads of the parent may hold any lock. */
+static void run_detached(char *const argv[], const char *log_path)
+{
+    int null = open("/dev/null", O_RDWR);
+    int log = log_path ? open(log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
+    dup2(null, 0);
+    dup2(null, 1);
+    dup2(log >= 0 ? log : null, 2);
+    syscall(SYS_close_range, 3u, ~0u, 0u);
+    execv(argv[0], argv);
+    _exit(127);
+}
+
+int sh_os_spawn_detached(char *const argv[], const char *log_path)
+{
+    pid_t child = fork();
+    if (child < 0)
+        return errno;
+    if (child == 0) {
+        setsid();
+        pid_t grandchild = fork();
+        if (grandchild == 0)
+            run_detached(argv, log_path);
+        _exit(grandchild < 0 ? 1 : 0);
+    }
+    int status;
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR)
+            return errno == ECHILD ? 0 : errno; /* SIGCHLD ignored: the kernel reaped it */
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : EAGAIN;
+}
+
+#ifdef SH_CRASH_POINTS
+#include <signal.h>
+#include <string.h>
+void sh_crash_point(const char *name)
+{
+    const char *wanted = getenv("SHMHEAP_CRASH");
+    if (wanted != NULL && strcmp(wanted, name) == 0)
+        kill(getpid(), SIGKILL);
+}
+#endif

@@ -1,0 +1,575 @@
+/*
+ * The page heap: runs of pages, free or in use.
+ *
+ * Problem: find, split and merge runs in a time that does not depend on how many there are, and lose
+ * none when a process dies in the middle. Goal: O(1) logged words per operation under the heap lock,
+ * and no system call there.
+ *
+ * Free runs are kept by length, one list per page count up to 64 and eight per doubling beyond. What
+ * is wholly or partly committed goes to the head of its list and is used first; what is wholly
+ * released goes to the end. A search takes the first list whose every run is long enough:
+ *
+ *     FREE --take--> RESERVED(owner) --commit--> in use --> RESERVED(owner) --give--> FREE
+ *
+ * A run that is not FREE is its owner's alone: commit and cut need no lock. Which units of it are
+ * released is a fact per unit, so splitting and merging lose nothing (DESIGN section 4, fault 2).
+ */
+#include "core.h"
+
+#include <errno.h>
+
+#define EXACT_BINS   64u
+#define TABLE_STEP   512u /* pages whose tables are committed at a time: 28 KiB */
+#define SCAN_AT_MOST 4096u
+
+enum sh_status sh_status_of_errno(int error)
+{
+    switch (error) {
+    case 0:
+        return SH_OK;
+    case ENOSPC:
+        return SH_NOSPACE;
+    case ENOMEM:
+        return SH_NOMEM;
+    default:
+        errno = error;
+        return SH_SYSTEM;
+    }
+}
+
+/* Lists */
+
+uint32_t sh_bin_of(uint32_t n)
+{
+    if (n <= EXACT_BINS)
+        return n - 1;
+    uint32_t log = 31u - (uint32_t)__builtin_clz(n);
+    return EXACT_BINS + (log - 6) * 8 + ((n >> (log - 3)) & 7);
+}
+
+/* The first bin in which every run has at least n pages. */
+static uint32_t bin_that_fits(uint32_t n)
+{
+    if (n <= EXACT_BINS)
+        return n - 1;
+    uint32_t log = 31u - (uint32_t)__builtin_clz(n);
+    return sh_bin_of(n + (1u << (log - 3)) - 1);
+}
+
+static uint64_t link_of(struct sh_ctx *c, uint32_t page)
+{
+    return atomic_load_explicit(&sh_page(c, page)->link, RLX);
+}
+
+static void set_link(struct sh_ctx *c, uint32_t page, uint32_t next, uint32_t prev)
+{
+    sh_set(c, &c->hdr->heap, &sh_page(c, page)->link, SH_PAIR(next, prev));
+}
+
+void sh_link(struct sh_ctx *c, uint64_t *list, uint32_t page, bool at_end)
+{
+    uint32_t head = (uint32_t)*list;
+    if (head == SH_NIL) {
+        set_link(c, page, page, page);
+        sh_set(c, &c->hdr->heap, list, page);
+        return;
+    }
+    uint32_t last = SH_LO(link_of(c, head));
+    set_link(c, page, head, last);
+    if (last == head) {
+        set_link(c, head, page, page);
+    } else {
+        set_link(c, last, page, SH_LO(link_of(c, last)));
+        set_link(c, head, SH_HI(link_of(c, head)), page);
+    }
+    if (!at_end)
+        sh_set(c, &c->hdr->heap, list, page);
+}
+
+void sh_unlink(struct sh_ctx *c, uint64_t *list, uint32_t page)
+{
+    uint32_t next = SH_HI(link_of(c, page)), prev = SH_LO(link_of(c, page));
+    if (next == page) {
+        sh_set(c, &c->hdr->heap, list, SH_NIL);
+        return;
+    }
+    if (next == prev) {
+        set_link(c, next, next, next);
+    } else {
+        set_link(c, prev, next, SH_LO(link_of(c, prev)));
+        set_link(c, next, SH_HI(link_of(c, next)), prev);
+    }
+    if (*list == page)
+        sh_set(c, &c->hdr->heap, list, next);
+}
+
+static void set_bin_bit(struct sh_ctx *c, uint32_t bin)
+{
+    uint64_t *bits = &c->hdr->bin_bits[bin / 64];
+    uint64_t bit = 1ull << (bin % 64);
+    uint64_t want = c->hdr->bins[bin] == SH_NIL ? *bits & ~bit : *bits | bit;
+    if (want != *bits)
+        sh_set(c, &c->hdr->heap, bits, want);
+}
+
+static void bin_insert(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
+{
+    uint32_t bin = sh_bin_of(n);
+    bool untouched = released == (uint64_t)n * sh_units_per_page(c);
+    sh_link(c, &c->hdr->bins[bin], page, untouched);
+    set_bin_bit(c, bin);
+}
+
+static void bin_remove(struct sh_ctx *c, uint32_t page, uint32_t n)
+{
+    uint32_t bin = sh_bin_of(n);
+    sh_unlink(c, &c->hdr->bins[bin], page);
+    set_bin_bit(c, bin);
+}
+
+/* Free runs. All of this with the heap lock held */
+
+static void set_span(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, span);
+}
+
+static void set_head(struct sh_ctx *c, uint32_t page, uint32_t head, uint64_t released)
+{
+    sh_set(c, &c->hdr->heap, &sh_page(c, page)->head, SH_PAIR(head, released));
+}
+
+static uint64_t released_of(struct sh_ctx *c, uint32_t page)
+{
+    return SH_LO(atomic_load_explicit(&sh_page(c, page)->head, RLX));
+}
+
+static bool is_free(struct sh_ctx *c, uint32_t page, uint32_t *n)
+{
+    uint64_t span = sh_span(c, page);
+    *n = SH_SPAN_NPAGES(span);
+    return SH_SPAN_STATE(span) == SH_FREE;
+}
+
+static void put_free(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
+{
+    set_span(c, page, SH_SPAN(SH_FREE, 0, 0, n));
+    set_head(c, page, page, released);
+    if (n > 1)
+        set_head(c, page + n - 1, page, 0);
+    bin_insert(c, page, n, released);
+}
+
+/* The free run that ends just before a page, SH_NIL if that page is in use. */
+static uint32_t free_run_before(struct sh_ctx *c, uint32_t page)
+{
+    uint32_t n;
+    if (page == 0)
+        return SH_NIL;
+    uint32_t head = SH_HI(atomic_load_explicit(&sh_page(c, page - 1)->head, RLX));
+    if (head < page && is_free(c, head, &n) && head + n == page)
+        return head;
+    return SH_NIL;
+}
+
+/* RESERVED or RELEASING becomes FREE, merged with free neighbours. */
+static void give(struct sh_ctx *c, uint32_t page, uint64_t released)
+{
+    uint32_t n = SH_SPAN_NPAGES(sh_span(c, page)), more;
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
+           atomic_load_explicit(&c->hdr->inuse_pages, RLX) - n);
+    uint32_t after = page + n;
+    if (after < used && is_free(c, after, &more)) {
+        bin_remove(c, after, more);
+        released += released_of(c, after);
+        set_span(c, after, 0);
+        n += more;
+    }
+    uint32_t before = free_run_before(c, page);
+    if (before != SH_NIL) {
+        more = SH_SPAN_NPAGES(sh_span(c, before));
+        bin_remove(c, before, more);
+        released += released_of(c, before);
+        set_span(c, page, 0);
+        page = before;
+        n += more;
+    }
+    put_free(c, page, n, released);
+}
+
+uint64_t sh_units_released(const struct sh_ctx *c, uint64_t unit, uint64_t n)
+{
+    const _Atomic uint32_t *u = sh_unit(c, unit);
+    uint64_t released = 0;
+    for (uint64_t i = 0; i < n; i++)
+        released += SH_UNIT_STATE(atomic_load_explicit(&u[i], RLX)) == SH_UNIT_RELEASED;
+    return released;
+}
+
+/* How many of a free run's released units are in its first n pages: counted only in a mixed run, and
+ * on the shorter side. */
+static uint64_t released_in_front(struct sh_ctx *c, uint32_t page, uint32_t n, uint32_t whole)
+{
+    uint64_t per = sh_units_per_page(c), total = released_of(c, page);
+    uint64_t unit = sh_unit_of_page(c, page);
+    if (total == 0 || n == whole)
+        return total;
+    if (total == whole * per)
+        return n * per;
+    if (n <= whole - n)
+        return sh_units_released(c, unit, n * per);
+    return total - sh_units_released(c, unit + n * per, (whole - n) * per);
+}
+
+/* Takes the first n pages of a free run; the rest stays free. */
+static void carve(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t span)
+{
+    uint32_t whole = SH_SPAN_NPAGES(sh_span(c, page));
+    uint64_t released = released_of(c, page);
+    uint64_t front = released_in_front(c, page, n, whole);
+    bin_remove(c, page, whole);
+    if (whole > n)
+        put_free(c, page + n, whole - n, released - front);
+    set_head(c, page, page, 0);
+    set_span(c, page, span);
+    sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
+           atomic_load_explicit(&c->hdr->inuse_pages, RLX) + n);
+}
+
+static uint32_t first_bin_from(struct sh_ctx *c, uint32_t bin)
+{
+    for (uint32_t w = bin / 64; w < (SH_NBINS + 63) / 64; w++) {
+        uint64_t bits = c->hdr->bin_bits[w];
+        if (w == bin / 64)
+            bits &= ~0ull << (bin % 64);
+        if (bits != 0)
+            return w * 64 + (uint32_t)__builtin_ctzll(bits);
+    }
+    return SH_NBINS;
+}
+
+/* A run of n pages or more in the bin whose runs may be too short; looks at `at_most` of them. */
+static uint32_t search_bin(struct sh_ctx *c, uint32_t n, uint32_t at_most)
+{
+    uint32_t first = (uint32_t)c->hdr->bins[sh_bin_of(n)], page = first;
+    for (uint32_t i = 0; page != SH_NIL && i < at_most; i++) {
+        if (SH_SPAN_NPAGES(sh_span(c, page)) >= n)
+            return page;
+        page = SH_HI(link_of(c, page));
+        if (page == first)
+            break;
+    }
+    return SH_NIL;
+}
+
+static uint32_t find(struct sh_ctx *c, uint32_t n)
+{
+    uint32_t page = search_bin(c, n, 1); /* most often the run of this length that was freed last */
+    if (page != SH_NIL)
+        return page;
+    uint32_t bin = first_bin_from(c, bin_that_fits(n));
+    return bin < SH_NBINS ? (uint32_t)c->hdr->bins[bin] : SH_NIL;
+}
+
+/* Raises the high-water mark so that a run of n pages ends there. SH_SLOW: *tables says for how many
+ * pages the tables must be committed first. */
+static enum sh_status grow(struct sh_ctx *c, uint32_t n, uint64_t *tables)
+{
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    uint32_t before = free_run_before(c, (uint32_t)used);
+    uint64_t need = n - (before == SH_NIL ? 0 : SH_SPAN_NPAGES(sh_span(c, before)));
+    if (used + need > c->geo.npages)
+        return SH_FULL;
+    if (used + need > atomic_load_explicit(&c->hdr->table_pages, RLX)) {
+        *tables = used + need;
+        return SH_SLOW;
+    }
+    sh_set(c, &c->hdr->heap, &c->hdr->used_pages, used + need);
+    sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
+           atomic_load_explicit(&c->hdr->inuse_pages, RLX) + need);
+    set_span(c, (uint32_t)used, SH_SPAN(SH_RESERVED, 0, c->owner, need));
+    give(c, (uint32_t)used, need * sh_units_per_page(c));
+    sh_commit(&c->hdr->heap); /* whole in itself */
+    return SH_OK;
+}
+
+/* Tables of pages below `pages`: records, units, and the sparsest tier of block words. */
+static enum sh_status commit_tables(struct sh_ctx *c, uint64_t pages, int wait_ms)
+{
+    uint64_t to = (pages + TABLE_STEP - 1) / TABLE_STEP * TABLE_STEP;
+    if (to > c->geo.npages)
+        to = c->geo.npages;
+    uint64_t from = atomic_load_explicit(&c->hdr->table_pages, RLX), n = to - from;
+    if (to <= from)
+        return SH_OK;
+    int error = sh_os_commit(c, c->geo.pages + from * sizeof(struct sh_page), n * sizeof(struct sh_page));
+    if (error == 0)
+        error = sh_os_commit(c, c->geo.units + sh_unit_of_page(c, (uint32_t)from) * 4,
+                             n * sh_units_per_page(c) * 4);
+    if (error == 0)
+        error = sh_os_commit(c, c->geo.words[SH_LARGE_TIER] + from * sh_stride(c, SH_LARGE_TIER),
+                             n * sh_stride(c, SH_LARGE_TIER));
+    if (error != 0)
+        return sh_status_of_errno(error);
+    enum sh_status s = sh_heap_lock(c, wait_ms);
+    if (s != SH_OK)
+        return s;
+    if (to > atomic_load_explicit(&c->hdr->table_pages, RLX))
+        sh_set(c, &c->hdr->heap, &c->hdr->table_pages, to);
+    sh_heap_unlock(c);
+    return SH_OK;
+}
+
+static enum sh_status take_locked(struct sh_ctx *c, uint32_t n, uint32_t *page, uint64_t *tables)
+{
+    uint32_t at = find(c, n);
+    if (at == SH_NIL) {
+        enum sh_status s = grow(c, n, tables);
+        if (s == SH_SLOW)
+            return s;
+        at = s == SH_OK ? find(c, n) : search_bin(c, n, SCAN_AT_MOST);
+        if (at == SH_NIL)
+            at = search_bin(c, n, SCAN_AT_MOST);
+        if (at == SH_NIL)
+            return SH_FULL;
+    }
+    carve(c, at, n, SH_SPAN(SH_RESERVED, 0, c->owner, n));
+    *page = at;
+    return SH_OK;
+}
+
+/* A run of n pages, RESERVED by us. Committed or not: see sh_pages_commit. */
+enum sh_status sh_pages_take(struct sh_ctx *c, uint32_t n, int wait_ms, uint32_t *page)
+{
+    for (;;) {
+        uint64_t tables = 0;
+        enum sh_status s = sh_heap_lock(c, wait_ms);
+        if (s != SH_OK)
+            return s;
+        s = take_locked(c, n, page, &tables);
+        bool gc = atomic_load_explicit(&c->hdr->inuse_pages, RLX) >=
+                  atomic_load_explicit(&c->hdr->gc_trigger_pages, RLX);
+        sh_heap_unlock(c);
+        if (s == SH_OK && gc)
+            sh_want(c, SH_WANT_GC);
+        if (s != SH_SLOW)
+            return s;
+        s = commit_tables(c, tables, wait_ms);
+        if (s != SH_OK)
+            return s;
+    }
+}
+
+/* Takes one particular run if it still is what `span` says, RELEASING. For the coordinator. */
+bool sh_pages_take_at(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    if (sh_span(c, page) != span || SH_SPAN_STATE(span) != SH_FREE)
+        return false;
+    uint32_t n = SH_SPAN_NPAGES(span);
+    carve(c, page, n, SH_SPAN(SH_RELEASING, 0, c->owner, n));
+    return true;
+}
+
+void sh_tell_waiters(struct sh_ctx *c)
+{
+    if (atomic_load_explicit(&c->hdr->waiters, memory_order_seq_cst) != 0) {
+        atomic_fetch_add(&c->hdr->freed, 1);
+        sh_os_wake(&c->hdr->freed);
+    }
+}
+
+/* Gives back runs that are RESERVED or RELEASING by us. The counting is done before the lock. */
+enum sh_status sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n, int wait_ms)
+{
+    uint64_t released[SH_DEFERRED_MAX];
+    for (uint32_t from = 0; from < n; from += SH_DEFERRED_MAX) {
+        uint32_t some = n - from < SH_DEFERRED_MAX ? n - from : SH_DEFERRED_MAX;
+        for (uint32_t i = 0; i < some; i++) {
+            uint64_t units = (uint64_t)SH_SPAN_NPAGES(sh_span(c, pages[from + i])) * sh_units_per_page(c);
+            released[i] = sh_units_released(c, sh_unit_of_page(c, pages[from + i]), units);
+        }
+        enum sh_status s = sh_heap_lock(c, wait_ms);
+        if (s != SH_OK)
+            return s;
+        for (uint32_t i = 0; i < some; i++) {
+            give(c, pages[from + i], released[i]);
+            sh_commit(&c->hdr->heap);
+        }
+        sh_heap_unlock(c);
+    }
+    sh_tell_waiters(c);
+    return SH_OK;
+}
+
+/* Committing */
+
+bool sh_budget(struct sh_ctx *c, uint64_t units)
+{
+    uint64_t now = sh_add(&c->hdr->committed_units, units) + units;
+    if (now <= atomic_load_explicit(&c->hdr->limit_units, RLX))
+        return true;
+    sh_unbudget(c, units);
+    return false;
+}
+
+void sh_unbudget(struct sh_ctx *c, uint64_t units)
+{
+    atomic_fetch_sub_explicit(&c->hdr->committed_units, units, RLX);
+}
+
+void sh_set_units(struct sh_ctx *c, uint64_t unit, uint64_t n, uint32_t value)
+{
+    for (uint64_t i = 0; i < n; i++)
+        atomic_store_explicit(sh_unit(c, unit + i), value, REL);
+}
+
+static enum sh_status commit_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
+{
+    if (!sh_budget(c, n))
+        return SH_LIMIT;
+    sh_set_units(c, unit, n, SH_UNIT_RESERVED);
+    int error = sh_os_commit(c, c->geo.data + (unit << c->geo.unit_shift), n << c->geo.unit_shift);
+    if (error != 0) { /* what was committed before the error goes back */
+        sh_os_unused(c, c->geo.data + (unit << c->geo.unit_shift), n << c->geo.unit_shift);
+        sh_set_units(c, unit, n, SH_UNIT_RELEASED);
+        sh_unbudget(c, n);
+        return sh_status_of_errno(error);
+    }
+    sh_set_units(c, unit, n, SH_UNIT_COMMITTED);
+    return SH_OK;
+}
+
+/* Makes every unit of a run that is RESERVED by us usable: committed and without a stamp (I-5). */
+enum sh_status sh_pages_commit(struct sh_ctx *c, uint32_t page, uint32_t npages)
+{
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    while (unit < end) {
+        uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
+        if (SH_UNIT_STATE(u) == SH_UNIT_COMMITTED) {
+            if (SH_UNIT_STAMP(u) != 0)
+                atomic_store_explicit(sh_unit(c, unit), u & 7u, RLX);
+            unit++;
+            continue;
+        }
+        uint64_t run = 1;
+        while (unit + run < end && SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit + run), RLX)) ==
+                                       SH_UNIT_RELEASED)
+            run++;
+        enum sh_status s = commit_units(c, unit, run);
+        if (s != SH_OK)
+            return s;
+        unit += run;
+    }
+    return SH_OK;
+}
+
+/* Recovery and walking */
+
+/* The head of the span that a page lies in. Interior records are not all kept: where the hint does
+ * not hold, look for the nearest head below. Heap locked. */
+uint32_t sh_head_of(const struct sh_ctx *c, uint32_t page)
+{
+    uint64_t hint = SH_HI(atomic_load_explicit(&sh_page(c, page)->head, RLX));
+    if (hint <= page && page - hint < SH_SPAN_NPAGES(sh_span(c, (uint32_t)hint)) &&
+        SH_SPAN_STATE(sh_span(c, (uint32_t)hint)) != SH_NONE)
+        return (uint32_t)hint;
+    uint32_t head = page;
+    while (SH_SPAN_STATE(sh_span(c, head)) == SH_NONE)
+        if (head-- == 0)
+            return SH_NIL;
+    return page - head < SH_SPAN_NPAGES(sh_span(c, head)) ? head : SH_NIL;
+}
+
+static enum sh_status walk_batch(struct sh_ctx *c, struct sh_walk *w)
+{
+    enum sh_status s = sh_heap_lock(c, 60000);
+    if (s != SH_OK)
+        return s;
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    w->n = w->i = 0;
+    uint32_t page = w->next < used ? sh_head_of(c, w->next) : SH_NIL;
+    while (page < used && w->n < 128) {
+        uint64_t span = sh_span(c, page);
+        uint32_t n = SH_SPAN_NPAGES(span);
+        if (n == 0 || SH_SPAN_STATE(span) == SH_NONE || page + (uint64_t)n > used) {
+            s = SH_CORRUPT;
+            break;
+        }
+        w->page[w->n] = page;
+        w->span[w->n++] = span;
+        page += n;
+    }
+    if (page == SH_NIL && w->next < used)
+        s = SH_CORRUPT;
+    w->next = page;
+    sh_heap_unlock(c);
+    return s;
+}
+
+/* SH_OK with the next head, or SH_ABSENT at the high-water mark. Start with a zeroed walk. */
+enum sh_status sh_walk_next(struct sh_ctx *c, struct sh_walk *w, uint32_t *page, uint64_t *span)
+{
+    if (w->i == w->n) {
+        enum sh_status s = walk_batch(c, w);
+        if (s != SH_OK)
+            return s;
+        if (w->n == 0)
+            return SH_ABSENT;
+    }
+    *page = w->page[w->i];
+    *span = w->span[w->i++];
+    return SH_OK;
+}
+
+static void clear_lists(struct sh_ctx *c)
+{
+    for (uint32_t i = 0; i < SH_NBINS; i++)
+        c->hdr->bins[i] = SH_NIL;
+    for (uint32_t i = 0; i < SH_NCLASSES; i++)
+        c->hdr->orphans[i] = SH_NIL;
+    for (uint32_t i = 0; i < (SH_NBINS + 63) / 64; i++)
+        c->hdr->bin_bits[i] = 0;
+}
+
+/* Lists and counters from the records, the truth (I-1). Not logged: the lock stays marked as one
+ * whose log is bad until this is done. */
+enum sh_status sh_pages_rebuild(struct sh_ctx *c)
+{
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX), inuse = 0;
+    if (used > c->geo.npages)
+        return SH_CORRUPT;
+    clear_lists(c);
+    for (uint32_t page = 0; page < used;) {
+        uint64_t span = sh_span(c, page);
+        uint32_t n = SH_SPAN_NPAGES(span), state = SH_SPAN_STATE(span);
+        if (state == SH_NONE || n == 0 || page + (uint64_t)n > used)
+            return SH_CORRUPT;
+        sh_commit(&c->hdr->heap); /* the list functions log; the mark says that this means nothing */
+        if (state == SH_FREE)
+            put_free(c, page, n,
+                     sh_units_released(c, sh_unit_of_page(c, page), (uint64_t)n * sh_units_per_page(c)));
+        else
+            inuse += n;
+        if (state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE &&
+            SH_SPAN_KIND(span) < SH_NCLASSES)
+            sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, true);
+        page += n;
+    }
+    atomic_store_explicit(&c->hdr->inuse_pages, inuse, RLX);
+    return SH_OK;
+}
+
+enum sh_status sh_heap_lock(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status s = sh_lock(c, &c->hdr->heap, wait_ms);
+    if (s != SH_CHANGED)
+        return s;
+    if (sh_pages_rebuild(c) == SH_OK) {
+        sh_lock_rebuilt(&c->hdr->heap);
+        return SH_OK;
+    }
+    sh_poison(c);
+    sh_heap_unlock(c);
+    return SH_CORRUPT;
+}

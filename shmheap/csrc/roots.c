@@ -1,0 +1,221 @@
+/*
+ * Named roots: blocks that live because they have a name.
+ *
+ * Names are in a table under the roots lock; what a name stands for is one cell, which changes like
+ * every reference (DESIGN section 6, rules 5 to 7) with the process lock held inside the roots lock.
+ * Only the table is logged: an entry whose cell is 0 is a name that stands for nothing.
+ */
+#include "core.h"
+
+#include <string.h>
+
+static struct sh_root *root_at(const struct sh_ctx *c, uint64_t entry)
+{
+    return (struct sh_root *)(c->base + c->geo.roots) + entry;
+}
+
+static uint32_t hash_of(const char *name, uint32_t len) /* FNV-1a */
+{
+    uint32_t h = 2166136261u;
+    for (uint32_t i = 0; i < len; i++)
+        h = (h ^ (uint8_t)name[i]) * 16777619u;
+    return h;
+}
+
+static bool is_entry(const struct sh_ctx *c, uint64_t entry)
+{
+    return entry < SH_MAX_ROOTS && entry < c->hdr->roots_used;
+}
+
+/* The link that leads to the entry of the name, or the one at the end of its chain. */
+static uint64_t *find_link(struct sh_ctx *c, const char *name, uint32_t len, uint32_t hash)
+{
+    uint64_t *link = &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS];
+    for (uint32_t i = 0; is_entry(c, *link) && i < SH_MAX_ROOTS; i++) {
+        struct sh_root *r = root_at(c, *link);
+        if (r->hash == hash && r->len == len && memcmp(r->name, name, len) == 0)
+            break;
+        link = &r->next;
+    }
+    return link;
+}
+
+/* Roots lock, then our process lock. */
+static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status status = sh_lock(c, &c->hdr->roots, wait_ms);
+    if (status == SH_CHANGED) { /* names are no cache: nothing to rebuild them from */
+        sh_poison(c);
+        sh_unlock(c, &c->hdr->roots);
+        return SH_CORRUPT;
+    }
+    if (status != SH_OK)
+        return status;
+    status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        sh_unlock(c, &c->hdr->roots);
+    return status;
+}
+
+static void unlock_both(struct sh_ctx *c)
+{
+    sh_leave(c);
+    sh_unlock(c, &c->hdr->roots);
+}
+
+/* Makes an entry for a new name. SH_SLOW: its memory must be committed first. */
+static enum sh_status add_entry(struct sh_ctx *c, uint64_t *bucket, const char *name, uint32_t len,
+                                uint32_t hash, uint64_t *entry)
+{
+    struct sh_lock *l = &c->hdr->roots;
+    bool fresh = !is_entry(c, c->hdr->roots_free);
+    *entry = fresh ? c->hdr->roots_used : c->hdr->roots_free;
+    if (*entry >= SH_MAX_ROOTS)
+        return SH_NOROOTS;
+    if (fresh && *entry >= c->roots_committed)
+        return SH_SLOW;
+    struct sh_root *r = root_at(c, *entry);
+    if (fresh)
+        sh_set(c, l, &c->hdr->roots_used, *entry + 1);
+    else
+        sh_set(c, l, &c->hdr->roots_free, r->next);
+    atomic_store(&r->cell, 0);
+    r->hash = hash;
+    r->len = len;
+    memcpy(r->name, name, len);
+    sh_set(c, l, &r->next, *bucket);
+    sh_set(c, l, bucket, *entry);
+    sh_commit(l);
+    return SH_OK;
+}
+
+static void remove_entry(struct sh_ctx *c, uint64_t *link, uint64_t entry)
+{
+    struct sh_lock *l = &c->hdr->roots;
+    sh_set(c, l, link, root_at(c, entry)->next);
+    sh_set(c, l, &root_at(c, entry)->next, c->hdr->roots_free);
+    sh_set(c, l, &c->hdr->roots_free, entry);
+}
+
+/* Rule 7 for a cell that only holders of the roots lock write: new is counted already; touch the old
+ * one, put the new one in its place, and only then count the old one down. */
+static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
+{
+    struct sh_ref old;
+    uint32_t phase = atomic_load_explicit(&c->slot->phase, RLX);
+    uint64_t was = atomic_load_explicit(&root->cell, ACQ);
+    bool found = was != 0 && sh_locate(c, SH_CELL_WORD(was), &old);
+    if (found) {
+        uint64_t w = atomic_load_explicit(old.word, ACQ); /* the root keeps it */
+        old.gen = SH_GEN(w);
+        old.nbytes = sh_block_bytes(c, &old, w);
+        sh_touch(old.word, old.gen, phase);
+    }
+    atomic_store_explicit(&root->cell, cell, REL);
+    if (found && sh_count_down(old.word, old.gen, phase) == SH_FREED)
+        sh_block_freed(c, &old);
+}
+
+static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t len, const struct sh_ref *ref)
+{
+    uint32_t hash = hash_of(name, len);
+    uint64_t entry, *link = find_link(c, name, len, hash);
+    if (is_entry(c, *link)) {
+        entry = *link;
+    } else {
+        enum sh_status status =
+            add_entry(c, &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS], name, len, hash, &entry);
+        if (status != SH_OK)
+            return status;
+    }
+    SH_CRASH("root:entered");
+    if (!sh_count_up(ref->word, ref->gen, atomic_load_explicit(&c->slot->phase, RLX)))
+        return SH_STALE;
+    replace_cell(c, root_at(c, entry), SH_CELL(sh_word_number(c, ref->word), ref->gen));
+    return SH_OK;
+}
+
+/* The name stands for the block from now on. Atomic: others see the old block or the new one. */
+enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len, const struct sh_ref *ref, int wait_ms)
+{
+    for (;;) {
+        enum sh_status status = lock_both(c, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = set_locked(c, name, len, ref);
+        uint64_t used = c->hdr->roots_used;
+        unlock_both(c);
+        if (status == SH_OK)
+            return sh_after_free(c);
+        if (status != SH_SLOW)
+            return status;
+        uint64_t n = 16;
+        status = sh_status_of_errno(
+            sh_os_commit(c, c->geo.roots + used * sizeof(struct sh_root), n * sizeof(struct sh_root)));
+        if (status != SH_OK)
+            return status;
+        c->roots_committed = (uint32_t)(used + n);
+    }
+}
+
+/* The name stands for nothing from now on. SH_ABSENT: it did not before. */
+enum sh_status sh_root_clear(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms)
+{
+    enum sh_status status = lock_both(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    uint64_t *link = find_link(c, name, len, hash_of(name, len)), entry = *link;
+    status = SH_ABSENT;
+    if (is_entry(c, entry)) {
+        if (atomic_load(&root_at(c, entry)->cell) != 0)
+            status = SH_OK;
+        replace_cell(c, root_at(c, entry), 0);
+        remove_entry(c, link, entry);
+    }
+    unlock_both(c);
+    return status == SH_OK ? sh_after_free(c) : status;
+}
+
+/* Pins the block that the name stands for. */
+enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms, struct sh_ref *r)
+{
+    enum sh_status status = sh_refill(c, SH_KIND_PINS, wait_ms);
+    if (status == SH_OK)
+        status = lock_both(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    uint64_t entry = *find_link(c, name, len, hash_of(name, len));
+    uint64_t cell = is_entry(c, entry) ? atomic_load(&root_at(c, entry)->cell) : 0;
+    status = SH_ABSENT;
+    if (cell != 0 && sh_locate(c, SH_CELL_WORD(cell), r)) {
+        uint64_t w = atomic_load_explicit(r->word, ACQ);
+        uint32_t phase = atomic_load_explicit(&c->slot->phase, RLX);
+        r->gen = SH_GEN(w);
+        r->nbytes = sh_block_bytes(c, r, w);
+        status = sh_count_up(r->word, r->gen, phase) ? sh_pin(c, r) : SH_CORRUPT;
+        if (status == SH_SLOW) /* another thread took the last pin; the root still counts */
+            sh_count_down(r->word, r->gen, phase);
+    }
+    unlock_both(c);
+    return status == SH_SLOW ? SH_BUSY : status;
+}
+
+/* The first name at or after *entry in table order, and *entry behind it. SH_ABSENT: there is none. */
+enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT_NAME_MAX], uint32_t *len,
+                            int wait_ms)
+{
+    enum sh_status status = lock_both(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    status = SH_ABSENT;
+    for (; status == SH_ABSENT && is_entry(c, *entry); ++*entry) {
+        const struct sh_root *r = root_at(c, *entry);
+        if (atomic_load(&r->cell) == 0 || r->len > SH_ROOT_NAME_MAX)
+            continue;
+        *len = r->len;
+        memcpy(name, r->name, r->len);
+        status = SH_OK;
+    }
+    unlock_both(c);
+    return status;
+}

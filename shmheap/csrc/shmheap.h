@@ -1,0 +1,190 @@
+/*
+ * The core's C interface. No Python here: the C tests and the crash tools run it alone, and threads
+ * can play processes, because all state is in struct sh_ctx.
+ *
+ * A context is one process's use of one arena. Its private part is guarded by the mutex of its slot
+ * (the "process lock"), so threads of a process may share it. Functions return one of enum sh_status.
+ * `wait_ms`: how long to wait for a lock that another holds; 0 tries only. SH_BUSY means that the
+ * operation changed nothing and may be repeated.
+ */
+#ifndef SHMHEAP_H
+#define SHMHEAP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "layout.h"
+
+enum sh_status {
+    SH_OK,
+    SH_BUSY,      /* a lock was held; nothing changed */
+    SH_SLOW,      /* the fast path has nothing; call the slow one */
+    SH_DEFERRED,  /* done, but a span waits to be given back: call sh_flush */
+    SH_AGAIN,     /* the collector is about to decide; try again at once */
+    SH_FULL,      /* no run of pages is long enough and the capacity is used up */
+    SH_LIMIT,     /* the memory limit */
+    SH_NOSPACE,   /* the file system has no room */
+    SH_NOSLOT,    /* too many processes */
+    SH_NOROOTS,   /* too many named roots */
+    SH_STALE,     /* the handle's block is gone */
+    SH_ABSENT,    /* no such root */
+    SH_CHANGED,   /* compare-and-set found another value */
+    SH_CLOSED,    /* the heap is closing, or this context is */
+    SH_FORKED,    /* this process was forked without the hooks */
+    SH_CORRUPT,   /* an invariant does not hold */
+    SH_UNTRUSTED, /* not an arena that can be used; see sh_ctx.why */
+    SH_REFUSED,   /* waiting for memory that nobody can free */
+    SH_TIMEOUT,
+    SH_NOMEM, /* this process's own memory */
+    SH_SYSTEM /* errno says */
+};
+
+const char *sh_status_text(enum sh_status);
+
+/* The blocks of one span that its owner knows to be free, or the free cells of a pin or lease span. */
+enum sh_ring { SH_AVAIL, SH_HOLEY, SH_ALL, SH_NRINGS }; /* with free bits; with holes; every one */
+
+struct sh_pspan {
+    struct sh_pspan *next[SH_NRINGS], *prev[SH_NRINGS];
+    uint64_t span; /* what the record says as long as the span is ours */
+    uint32_t page, kind; /* kind: class, or SH_KIND_ */
+    uint32_t nblocks, nfree;
+    uint32_t rings;  /* the rings it is in, a bit each */
+    uint32_t first;  /* no bit is set in words of bits[] before this one */
+    uint32_t number; /* pins: its place in pin_spans */
+    uint64_t bits[];
+};
+
+#define SH_KIND_PINS   SH_NCLASSES
+#define SH_KIND_LEASES (SH_NCLASSES + 1)
+#define SH_NKINDS      (SH_NCLASSES + 2)
+#define SH_KIND_LARGE  127u
+
+struct sh_shelf {
+    struct sh_pspan *ring[SH_NRINGS]; /* the first of each; allocated from ring[SH_AVAIL] */
+    struct sh_pspan *cursor;          /* where the walk for blocks that others freed goes on */
+};
+
+struct sh_kind {
+    uint32_t size, npages, nblocks, tier;
+};
+
+#define SH_DEFERRED_MAX 64
+
+struct sh_ctx {
+    uint8_t *base;
+    struct sh_header *hdr;
+    struct sh_slot *slot; /* NULL: not a user */
+    struct sh_geometry geo;
+    struct sh_kind kinds[SH_NKINDS];
+    uint64_t owner; /* owner and incarnation, as in a span record */
+    uint32_t slot_index;
+    int fd;
+    uint64_t dev, ino;
+    void *alive;                  /* page mapped through the open file that holds the liveness lock */
+    _Atomic uint32_t *forked;     /* 1 here, 0 in a process forked without the hooks (WIPEONFORK) */
+    struct sh_pspan **pspan_at;   /* by first page; private, sparse */
+    struct sh_shelf shelves[SH_NKINDS];
+    struct sh_pspan **pin_spans; /* by number; private, sparse: see sh_pin_cell */
+    uint32_t npin_spans;
+    uint32_t deferred[SH_DEFERRED_MAX]; /* spans RESERVED by us that wait for the heap lock */
+    uint32_t ndeferred;
+    uint32_t lease_seq;
+    uint32_t held; /* locks held, by rank; debug builds */
+    bool ring_waiters; /* something was freed while others wait for memory */
+    bool ring;     /* the coordinator has something new to do: ring its bell */
+    bool recount;  /* coordinator: somebody died since the counters were last put right */
+    uint32_t release_next; /* coordinator: page at which the release walk goes on */
+    uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
+    uint32_t roots_committed; /* entries below are known to be committed */
+    const char *why;     /* SH_UNTRUSTED: what is wrong */
+    struct sh_ctx *child;       /* between the hooks of a fork */
+};
+
+/* A block as its holder sees it. */
+struct sh_ref {
+    _Atomic uint64_t *word;
+    uint8_t *data;
+    uint64_t nbytes;
+    uint64_t gen;
+    uint32_t page; /* first of its span */
+    uint32_t kind; /* class, or SH_KIND_LARGE */
+    uint32_t pin;  /* number of the pin span, index in it */
+};
+
+/* arena.c: making and opening */
+void sh_geometry(struct sh_geometry *, uint64_t capacity, uint32_t page_shift, uint32_t unit_shift);
+enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t limit_bytes,
+                         const char *config, size_t config_bytes);
+enum sh_status sh_map(struct sh_ctx *, int fd, bool writable);
+void sh_unmap(struct sh_ctx *);
+
+/* slots.c: processes, pins, leases */
+enum sh_status sh_attach(struct sh_ctx *, int wait_ms);
+enum sh_status sh_attach_coordinator(struct sh_ctx *, int wait_ms);
+void sh_detach(struct sh_ctx *);
+bool sh_alive(struct sh_ctx *, uint32_t slot);
+enum sh_status sh_fork_prepare(struct sh_ctx *);
+void sh_fork_parent(struct sh_ctx *);
+void sh_fork_child(struct sh_ctx *);
+enum sh_status sh_enter(struct sh_ctx *, int wait_ms);
+void sh_leave(struct sh_ctx *);
+static inline bool sh_is_forked(struct sh_ctx *c)
+{
+    return atomic_load_explicit(c->forked, memory_order_relaxed) == 0;
+}
+
+/* block.c: what users do with blocks. sh_alloc_fast takes the process lock only. */
+enum sh_status sh_alloc_fast(struct sh_ctx *, uint32_t kind, uint64_t nbytes, struct sh_ref *);
+enum sh_status sh_alloc(struct sh_ctx *, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *);
+enum sh_status sh_unpin(struct sh_ctx *, struct sh_ref *, int wait_ms);
+enum sh_status sh_flush(struct sh_ctx *, int wait_ms);
+enum sh_status sh_repin(struct sh_ctx *, const struct sh_ref *, int wait_ms, struct sh_ref *);
+enum sh_status sh_lease_make(struct sh_ctx *, const struct sh_ref *, int wait_ms, uint64_t *cell_off,
+                             uint32_t *seq);
+enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t cell_off, uint32_t seq,
+                             int wait_ms);
+enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
+                        uint32_t seq, int wait_ms, struct sh_ref *);
+enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
+uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);
+
+/* roots.c: named roots */
+enum sh_status sh_root_get(struct sh_ctx *, const char *name, uint32_t len, int wait_ms, struct sh_ref *);
+enum sh_status sh_root_set(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *, int wait_ms);
+enum sh_status sh_root_clear(struct sh_ctx *, const char *name, uint32_t len, int wait_ms);
+enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX], uint32_t *len,
+                            int wait_ms);
+
+/* coord.c: what the coordinator does outside a collection */
+struct sh_reaped {
+    uint64_t pins, leases, spans, pin_bytes, lease_bytes;
+    bool done;
+};
+enum sh_status sh_begin(struct sh_ctx *, uint32_t *phase);
+enum sh_status sh_reap(struct sh_ctx *, uint32_t slot, uint64_t lease_cutoff_ns, struct sh_reaped *);
+uint32_t sh_users(struct sh_ctx *);
+enum sh_status sh_try_close(struct sh_ctx *, bool *closed);
+uint32_t sh_refuse_waiters(struct sh_ctx *);
+uint32_t sh_now_stamp(const struct sh_ctx *);
+enum sh_status sh_stamp(struct sh_ctx *, uint32_t stamp, uint64_t *units);
+enum sh_status sh_release(struct sh_ctx *, uint32_t stamp_le, uint64_t max_bytes, uint64_t *bytes,
+                          uint64_t *runs, bool *more);
+
+/* mark.c: a collection */
+enum sh_status sh_start_cycle(struct sh_ctx *);
+enum sh_status sh_mark(struct sh_ctx *, uint64_t *blocks);
+enum sh_status sh_finish_mark(struct sh_ctx *, uint64_t *blocks);
+enum sh_status sh_sweep(struct sh_ctx *, uint64_t *blocks, uint64_t *bytes);
+enum sh_status sh_end_cycle(struct sh_ctx *, uint64_t next_gc, bool forced, uint64_t pause_ns);
+
+/* check.c: walks every invariant. Each violation is reported by name. */
+typedef void sh_report(void *arg, const char *invariant, const char *what);
+enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
+
+/* Asking the coordinator */
+uint32_t sh_request(struct sh_ctx *, enum sh_request);
+enum sh_status sh_await(struct sh_ctx *, enum sh_request, uint32_t ticket, int wait_ms);
+void sh_want(struct sh_ctx *, uint32_t bits);
+
+#endif

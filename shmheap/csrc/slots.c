@@ -1,0 +1,299 @@
+/*
+ * Processes: taking a slot, holding it, leaving it, and what a fork does.
+ *
+ * A slot is alive as long as an open file lock on its first byte is held; the lock belongs to a mapping
+ * and goes when the address space goes (I-8). The reaper (coord.c) takes what a dead slot held.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static uint64_t slot_byte(const struct sh_ctx *c, uint32_t slot)
+{
+    return c->geo.slots + slot * sizeof(struct sh_slot);
+}
+
+/* The process lock: from reading the phase to the last step of an operation (rule 4). */
+enum sh_status sh_enter(struct sh_ctx *c, int wait_ms)
+{
+    return c->slot == NULL ? SH_CLOSED : sh_mutex(&c->slot->mutex, wait_ms);
+}
+
+void sh_leave(struct sh_ctx *c)
+{
+    sh_mutex_unlock(&c->slot->mutex);
+}
+
+bool sh_alive(struct sh_ctx *c, uint32_t slot)
+{
+    return sh_os_byte_is_held(c->fd, slot_byte(c, slot));
+}
+
+/* Everything of a slot that is its user's. The state comes last: until then the slot is FREE. */
+static void init_slot(struct sh_ctx *c, struct sh_slot *s)
+{
+    uint32_t incarnation = atomic_load(&s->incarnation) + 1;
+    incarnation += (incarnation & 0x7fffu) == 0; /* 0 in a span record is nobody */
+    atomic_store(&s->incarnation, incarnation);
+    atomic_store(&s->pid, (uint32_t)getpid());
+    atomic_store(&s->phase, atomic_load(&c->hdr->phase));
+    atomic_store(&s->waiting, 0);
+    atomic_store(&s->refused, 0);
+    atomic_store(&s->remote, 0);
+    atomic_store(&s->leases_taken, 0);
+    atomic_store(&s->dying, SH_NIL);
+    atomic_store(&s->ended_ns, 0);
+    _Atomic uint64_t *const counters[] = {&s->mallocs, &s->frees, &s->alloc_bytes, &s->freed_bytes,
+                                          &s->pins, &s->leases};
+    for (size_t i = 0; i < sizeof counters / sizeof counters[0]; i++)
+        atomic_store(counters[i], 0);
+    atomic_store(&s->state, SH_SLOT_LIVE);
+}
+
+/* Under the registry lock: the closing flag is looked at again, and the global phase is taken (rule
+ * 10), so that a cycle that starts now flips this slot too. */
+static enum sh_status register_slot(struct sh_ctx *c, uint32_t slot, int wait_ms)
+{
+    struct sh_slot *s = sh_slot(c, slot);
+    enum sh_status status = sh_lock(c, &c->hdr->registry, wait_ms);
+    if (status == SH_CHANGED) {
+        sh_lock_rebuilt(&c->hdr->registry); /* nothing of it is logged */
+        status = SH_OK;
+    }
+    if (status != SH_OK)
+        return status;
+    uint32_t used = atomic_load(&c->hdr->slots_used);
+    if (atomic_load(&c->hdr->closing) && slot != 0) {
+        status = SH_CLOSED;
+    } else if (slot != 0 && slot < used && atomic_load(&s->state) != SH_SLOT_FREE) {
+        status = SH_CHANGED;
+    } else {
+        for (; used <= slot; atomic_store(&c->hdr->slots_used, ++used))
+            sh_mutex_init(&sh_slot(c, used)->mutex);
+        init_slot(c, s);
+    }
+    sh_unlock(c, &c->hdr->registry);
+    return status;
+}
+
+static enum sh_status try_slot(struct sh_ctx *c, uint32_t slot, bool inherited, int wait_ms)
+{
+    uint32_t used = atomic_load(&c->hdr->slots_used);
+    if (slot < used && slot != 0 && atomic_load(&sh_slot(c, slot)->state) != SH_SLOT_FREE)
+        return SH_CHANGED;
+    enum sh_status status = sh_status_of_errno(sh_os_commit(c, slot_byte(c, slot), sizeof(struct sh_slot)));
+    if (status != SH_OK)
+        return status;
+    void *held = sh_os_hold_byte(c->fd, slot_byte(c, slot), inherited);
+    if (held == NULL)
+        return errno == EAGAIN ? SH_CHANGED : SH_SYSTEM;
+    SH_CRASH("attach:held");
+    status = register_slot(c, slot, wait_ms);
+    if (status != SH_OK) {
+        sh_os_let_go(held);
+        return status;
+    }
+    c->alive = held;
+    c->slot_index = slot;
+    c->owner = SH_OWNER(slot, atomic_load(&sh_slot(c, slot)->incarnation));
+    c->slot = sh_slot(c, slot);
+    return SH_OK;
+}
+
+static enum sh_status find_slot(struct sh_ctx *c, bool inherited, int wait_ms)
+{
+    for (uint32_t slot = 1; slot < SH_MAX_SLOTS; slot++) {
+        enum sh_status status = try_slot(c, slot, inherited, wait_ms);
+        if (status != SH_CHANGED)
+            return status;
+    }
+    return SH_NOSLOT;
+}
+
+/* Makes the context a user of the arena. SH_CLOSED: the heap is being unlinked, look for its name
+ * again. Cost: a few system calls, the registry lock. */
+enum sh_status sh_attach(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status status = find_slot(c, false, wait_ms);
+    if (status == SH_OK)
+        sh_want(c, SH_WANT_REAP); /* the coordinator watches the new process */
+    return status;
+}
+
+/* Slot 0, of which the lock makes the coordinator the only one. SH_CHANGED: there is one. */
+enum sh_status sh_attach_coordinator(struct sh_ctx *c, int wait_ms)
+{
+    return try_slot(c, 0, false, wait_ms);
+}
+
+/* Leaves. Pins, leases and spans that are left are the reaper's. */
+void sh_detach(struct sh_ctx *c)
+{
+    if (c->slot == NULL)
+        return;
+    while (sh_flush(c, 1000) == SH_BUSY) {
+    }
+    if (c->slot_index != 0) {
+        atomic_store(&c->slot->state, SH_SLOT_DETACHED);
+        sh_want(c, SH_WANT_LEAVE);
+    }
+    sh_pspans_forget(c);
+    c->slot = NULL;
+    sh_os_let_go(c->alive);
+    c->alive = NULL;
+}
+
+/* Asking the coordinator. The bell is rung for the first want only; c->ring says that it is due. */
+
+void sh_want(struct sh_ctx *c, uint32_t bits)
+{
+    if ((atomic_load(&c->hdr->wants) & bits) == bits)
+        return;
+    if (atomic_fetch_or(&c->hdr->wants, bits) == 0)
+        c->ring = true;
+}
+
+uint32_t sh_request(struct sh_ctx *c, enum sh_request kind)
+{
+    uint32_t ticket = atomic_fetch_add(&c->hdr->requests[kind].wanted, 1) + 1;
+    sh_want(c, kind == SH_REQ_GC ? SH_WANT_GC : SH_WANT_SCAVENGE);
+    return ticket;
+}
+
+enum sh_status sh_await(struct sh_ctx *c, enum sh_request kind, uint32_t ticket, int wait_ms)
+{
+    _Atomic uint32_t *done = &c->hdr->requests[kind].done;
+    uint32_t seen = atomic_load(done);
+    if ((int32_t)(seen - ticket) >= 0)
+        return SH_OK;
+    sh_os_wait(done, seen, wait_ms);
+    return (int32_t)(atomic_load(done) - ticket) >= 0 ? SH_OK : SH_TIMEOUT;
+}
+
+/* fork (rule 15). The parent prepares a slot for the child, with every pin counted twice, and holds
+ * its own process lock until the fork is over, so that no other thread is in the middle of anything. */
+
+static bool copy_pins(struct sh_ctx *c, struct sh_ctx *child, uint32_t number)
+{
+    const struct sh_pspan *from = c->pin_spans[number];
+    struct sh_pspan *to = child->pin_spans[number];
+    uint32_t phase = atomic_load(&c->slot->phase);
+    uint64_t n = 0;
+    for (uint32_t i = 0; from != NULL && i < from->nblocks; i++) {
+        uint64_t cell = atomic_load_explicit((_Atomic uint64_t *)sh_data(c, from->page) + i, RLX);
+        struct sh_ref r;
+        if (cell == 0 || !sh_locate(c, SH_CELL_WORD(cell), &r))
+            continue;
+        uint64_t gen = SH_GEN(atomic_load_explicit(r.word, ACQ)); /* our pin keeps it */
+        if (!sh_count_up(r.word, gen, phase))
+            continue;
+        atomic_store_explicit((_Atomic uint64_t *)sh_data(child, to->page) + i, cell, REL);
+        n++;
+    }
+    sh_bump(&child->slot->pins, n);
+    return n != 0;
+}
+
+static enum sh_status reserve_child_pins(struct sh_ctx *c, struct sh_ctx *child)
+{
+    while (child->npin_spans < c->npin_spans) {
+        enum sh_status status = sh_pins_cut(child, 60000);
+        if (status != SH_OK)
+            return status;
+    }
+    return SH_OK;
+}
+
+static void drop_child(struct sh_ctx *c)
+{
+    struct sh_ctx *child = c->child;
+    c->child = NULL;
+    if (child->alive != NULL)
+        sh_os_let_go(child->alive);
+    sh_pspans_forget(child);
+    sh_os_unmap(child->pspan_at, (uint64_t)c->geo.npages * sizeof *c->pspan_at);
+    sh_os_unmap(child->pin_spans, (uint64_t)c->geo.npages * sizeof *c->pin_spans);
+    free(child);
+}
+
+static struct sh_ctx *new_child(const struct sh_ctx *c)
+{
+    struct sh_ctx *child = malloc(sizeof *child);
+    if (child == NULL)
+        return NULL;
+    *child = *c;
+    child->slot = NULL;
+    child->alive = NULL;
+    child->child = NULL;
+    child->npin_spans = child->ndeferred = 0;
+    memset(child->shelves, 0, sizeof child->shelves);
+    child->pspan_at = sh_os_private((uint64_t)c->geo.npages * sizeof *c->pspan_at);
+    child->pin_spans = sh_os_private((uint64_t)c->geo.npages * sizeof *c->pin_spans);
+    if (child->pspan_at != NULL && child->pin_spans != NULL)
+        return child;
+    free(child);
+    return NULL;
+}
+
+/* Before a fork. On success the process lock is held until sh_fork_parent or sh_fork_child. On failure
+ * nothing is, and the child will find itself without a slot (SH_FORKED). Cost: a pass over the pins. */
+enum sh_status sh_fork_prepare(struct sh_ctx *c)
+{
+    if (c->slot == NULL)
+        return SH_CLOSED;
+    c->child = new_child(c);
+    if (c->child == NULL)
+        return SH_NOMEM;
+    enum sh_status status = find_slot(c->child, true, 60000);
+    while (status == SH_OK) {
+        status = reserve_child_pins(c, c->child);
+        if (status == SH_OK)
+            status = sh_enter(c, 60000);
+        if (status != SH_OK || c->npin_spans <= c->child->npin_spans)
+            break;
+        sh_leave(c); /* another thread took more pins meanwhile */
+    }
+    if (status != SH_OK) {
+        drop_child(c);
+        return status;
+    }
+    for (uint32_t i = 0; i < c->npin_spans; i++)
+        copy_pins(c, c->child, i);
+    SH_CRASH("fork:prepared");
+    return SH_OK;
+}
+
+/* In the parent, also if the fork failed: then nothing holds the child's slot and it is reaped. */
+void sh_fork_parent(struct sh_ctx *c)
+{
+    if (c->child == NULL)
+        return;
+    sh_leave(c);
+    drop_child(c);
+    sh_want(c, SH_WANT_REAP);
+}
+
+/* In the child: it takes the slot that was prepared, and owns none of its parent's spans. */
+void sh_fork_child(struct sh_ctx *c)
+{
+    struct sh_ctx *child = c->child;
+    if (child == NULL)
+        return; /* not prepared: c->forked stays 0 */
+    c->child = NULL;
+    sh_fork_ranks();
+    sh_pspans_forget(c);
+    sh_os_unmap(c->pspan_at, (uint64_t)c->geo.npages * sizeof *c->pspan_at);
+    sh_os_unmap(c->pin_spans, (uint64_t)c->geo.npages * sizeof *c->pin_spans);
+    *c = *child;
+    free(child);
+    sh_os_not_inherited(c->alive);
+    atomic_store(&c->slot->pid, (uint32_t)getpid());
+    atomic_store(c->forked, 1);
+    for (uint32_t i = 0; i < c->npin_spans; i++)
+        if (c->pin_spans[i] != NULL)
+            sh_pspan_rescan(c, c->pin_spans[i]);
+    sh_want(c, SH_WANT_REAP);
+}

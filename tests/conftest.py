@@ -1,0 +1,30 @@
+"""What every test can use. The tests run on the installed package, never on the source folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import shmheap
+
+pytest_plugins = ["leak_guard", "pytester"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the working directory on the path, and in it the package without its core.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+
+@pytest.fixture
+def heap(heap_name: str) -> Iterator[shmheap.Heap]:
+    """A small heap of this test alone, with a coordinator."""
+    import shmheap  # here: the tests of tools and layers need no core
+
+    with shmheap.Heap.create(heap_name, capacity="64MiB") as made:
+        yield made
+        made.unlink()
