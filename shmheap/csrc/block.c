@@ -509,7 +509,7 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
         c->lease_seq = (c->lease_seq + 1) & 0xffffffu ? (c->lease_seq + 1) & 0xffffffu : 1;
         atomic_store_explicit(&lease->made_ns, sh_os_now_ns(), RLX);
         atomic_store_explicit(&lease->cell, SH_CELL(sh_word_number(c, r->word), c->lease_seq), REL);
-        sh_bump(&c->slot->leases, 1);
+        atomic_fetch_add_explicit(&c->slot->leases, 1, RLX);
         *cell_off = (uint64_t)((uint8_t *)lease - c->base) - c->geo.data;
         *seq = c->lease_seq;
     } else {
@@ -532,10 +532,12 @@ static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t
     return (struct sh_lease *)(c->base + c->geo.data + cell_off);
 }
 
-static void lease_taken(struct sh_ctx *c, uint32_t page)
+/* The owner of a lease's cell learns that it may be used again. */
+void sh_lease_taken(struct sh_ctx *c, uint32_t page)
 {
-    uint32_t slot = SH_SPAN_SLOT(sh_span(c, page));
-    atomic_store_explicit(&sh_slot(c, slot)->leases_taken, 1, REL);
+    struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(sh_span(c, page)));
+    atomic_store_explicit(&s->leases_taken, 1, REL);
+    atomic_fetch_sub_explicit(&s->leases, 1, RLX);
 }
 
 /* Takes the lease by compare-and-swap, only after it was seen and its block touched: taking one that
@@ -550,7 +552,7 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     sh_touch(r->word, r->gen, phase);
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
         return false;
-    lease_taken(c, page);
+    sh_lease_taken(c, page);
     return true;
 }
 

@@ -309,6 +309,7 @@ static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span
         }
         r->leases++;
         r->lease_bytes += drop_cell(c, &leases[i].cell, cell);
+        atomic_fetch_sub_explicit(&sh_slot(c, SH_SPAN_SLOT(span))->leases, 1, RLX);
     }
     r->done = r->done && !left;
     return left ? SH_OK : free_cells(c, page, span);

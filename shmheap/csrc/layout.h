@@ -79,7 +79,7 @@ struct sh_slot {
     _Atomic uint64_t alloc_bytes;
     _Atomic uint64_t freed_bytes;
     _Atomic uint64_t pins;   /* cells in use */
-    _Atomic uint64_t leases; /* leases made */
+    _Atomic uint64_t leases; /* leases that nobody took; W: owner adds, anybody subtracts */
     uint64_t unused1[2 + 8]; /* the line beside the next slot's mutex stays ours */
 };
 static_assert(sizeof(struct sh_slot) == 256, "a slot is four lines");
@@ -258,6 +258,7 @@ struct sh_header {
     _Atomic uint64_t last_gc; /* CLOCK_MONOTONIC ns, 0 = never */
     _Atomic uint64_t num_gc;
     _Atomic uint64_t num_forced_gc;
+    _Atomic uint64_t oldest_lease_ns; /* CLOCK_MONOTONIC at the last marking, 0 = none */
     _Atomic uint64_t pause_total_ns;
     _Atomic uint64_t pause_ns[SH_PAUSES]; /* ring, num_gc mod SH_PAUSES */
 

@@ -160,3 +160,28 @@ void sh_poison(struct sh_ctx *c)
 {
     atomic_store(&c->hdr->poisoned, 1);
 }
+
+/* The process lock: from reading the phase to the last step of an operation (rule 4). */
+enum sh_status sh_enter(struct sh_ctx *c, int wait_ms)
+{
+    return c->slot == NULL ? SH_CLOSED : sh_mutex(&c->slot->mutex, wait_ms);
+}
+
+void sh_leave(struct sh_ctx *c)
+{
+    sh_mutex_unlock(&c->slot->mutex);
+}
+
+bool sh_alive(struct sh_ctx *c, uint32_t slot)
+{
+    return sh_os_byte_is_held(c->fd, sh_slot_byte(c, slot));
+}
+
+/* Something for the coordinator. The bell is rung for the first want only; c->ring says it is due. */
+void sh_want(struct sh_ctx *c, uint32_t bits)
+{
+    if ((atomic_load(&c->hdr->wants) & bits) == bits)
+        return;
+    if (atomic_fetch_or(&c->hdr->wants, bits) == 0)
+        c->ring = true;
+}

@@ -113,21 +113,36 @@ static uint64_t shade_roots(struct sh_ctx *c)
     return n;
 }
 
+static uint64_t older(struct sh_ctx *c, uint32_t page, uint64_t oldest)
+{
+    const struct sh_lease *leases = (const struct sh_lease *)sh_data(c, page);
+    for (uint32_t i = 0; i < c->kinds[SH_KIND_LEASES].nblocks; i++) {
+        uint64_t made = atomic_load_explicit(&leases[i].made_ns, RLX);
+        if (atomic_load_explicit(&leases[i].cell, RLX) != 0 && made < oldest)
+            oldest = made;
+    }
+    return oldest;
+}
+
 /* Rule 11: named roots, leases, and the pins of every slot not yet reaped, dead or alive. */
 enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
 {
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
+    uint64_t oldest = UINT64_MAX;
     enum sh_status status;
     *blocks = shade_roots(c);
     SH_CRASH("gc:marking");
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (SH_SPAN_STATE(span) == SH_PINS)
             *blocks += shade_cells(c, page, SH_KIND_PINS);
-        else if (SH_SPAN_STATE(span) == SH_LEASES)
+        if (SH_SPAN_STATE(span) == SH_LEASES) {
             *blocks += shade_cells(c, page, SH_KIND_LEASES);
+            oldest = older(c, page, oldest);
+        }
     }
+    atomic_store(&c->hdr->oldest_lease_ns, oldest == UINT64_MAX ? 0 : oldest);
     return status == SH_ABSENT ? SH_OK : status;
 }
 

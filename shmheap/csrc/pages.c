@@ -428,6 +428,8 @@ static enum sh_status commit_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
 {
     if (!sh_budget(c, n))
         return SH_LIMIT;
+    if (!sh_alive(c, 0))
+        c->ring = true; /* whoever finds the coordinator dead starts a successor (I-9) */
     sh_set_units(c, unit, n, SH_UNIT_RESERVED);
     int error = sh_os_commit(c, c->geo.data + (unit << c->geo.unit_shift), n << c->geo.unit_shift);
     if (error != 0) { /* what was committed before the error goes back */

@@ -11,27 +11,6 @@
 #include <string.h>
 #include <unistd.h>
 
-static uint64_t slot_byte(const struct sh_ctx *c, uint32_t slot)
-{
-    return c->geo.slots + slot * sizeof(struct sh_slot);
-}
-
-/* The process lock: from reading the phase to the last step of an operation (rule 4). */
-enum sh_status sh_enter(struct sh_ctx *c, int wait_ms)
-{
-    return c->slot == NULL ? SH_CLOSED : sh_mutex(&c->slot->mutex, wait_ms);
-}
-
-void sh_leave(struct sh_ctx *c)
-{
-    sh_mutex_unlock(&c->slot->mutex);
-}
-
-bool sh_alive(struct sh_ctx *c, uint32_t slot)
-{
-    return sh_os_byte_is_held(c->fd, slot_byte(c, slot));
-}
-
 /* Everything of a slot that is its user's. The state comes last: until then the slot is FREE. */
 static void init_slot(struct sh_ctx *c, struct sh_slot *s)
 {
@@ -84,10 +63,10 @@ static enum sh_status try_slot(struct sh_ctx *c, uint32_t slot, bool inherited, 
     uint32_t used = atomic_load(&c->hdr->slots_used);
     if (slot < used && slot != 0 && atomic_load(&sh_slot(c, slot)->state) != SH_SLOT_FREE)
         return SH_CHANGED;
-    enum sh_status status = sh_status_of_errno(sh_os_commit(c, slot_byte(c, slot), sizeof(struct sh_slot)));
+    enum sh_status status = sh_status_of_errno(sh_os_commit(c, sh_slot_byte(c, slot), sizeof(struct sh_slot)));
     if (status != SH_OK)
         return status;
-    void *held = sh_os_hold_byte(c->fd, slot_byte(c, slot), inherited);
+    void *held = sh_os_hold_byte(c->fd, sh_slot_byte(c, slot), inherited);
     if (held == NULL)
         return errno == EAGAIN ? SH_CHANGED : SH_SYSTEM;
     SH_CRASH("attach:held");
@@ -146,15 +125,7 @@ void sh_detach(struct sh_ctx *c)
     c->alive = NULL;
 }
 
-/* Asking the coordinator. The bell is rung for the first want only; c->ring says that it is due. */
-
-void sh_want(struct sh_ctx *c, uint32_t bits)
-{
-    if ((atomic_load(&c->hdr->wants) & bits) == bits)
-        return;
-    if (atomic_fetch_or(&c->hdr->wants, bits) == 0)
-        c->ring = true;
-}
+/* Asking the coordinator */
 
 uint32_t sh_request(struct sh_ctx *c, enum sh_request kind)
 {

@@ -74,7 +74,7 @@ byte plog[2]; byte pold[2];         /* its undo log: 1 + page, old span word */
 byte hl;                            /* the heap lock */
 byte hn, hi, hold;                  /* its undo log: pages (0 = empty), first page, old span word */
 
-bit dead[2], gone[2], done[2], reaped[2]; bit kdone, ckill;
+bit dead[2], done[2], reaped[2]; bit kdone, ckill;
 
 /* ---- what a block lies on ------------------------------------------------------------------------------------------- */
 #define TWO (sp[1]==INNER)          /* pages 0 and 1 are one span */
@@ -102,10 +102,10 @@ bit dead[2], gone[2], done[2], reaped[2]; bit kdone, ckill;
 #endif
 #ifdef THREADS
 #define O(p) 0                      /* the process, and so the lock and the owner's name, of worker p */
-#define GONE(p) (gone[0] && gone[1])
+#define GONE(p) (dead[0] && done[0] && done[1])
 #else
 #define O(p) p
-#define GONE(p) gone[p]
+#define GONE(p) (dead[p] && done[p])
 #endif
 #define PINNED(p,b) (!reaped[p] && pin[p]==(b) && pg[p]==gen[b])
 #define HELD(b) (PINNED(0,b) || PINNED(1,b))
@@ -319,7 +319,6 @@ alloc_span:
   atomic {                                                       /* the kernel: held locks are orphaned, then liveness goes */
     if :: pl[O(p)]==1+p -> pl[O(p)]=ORPHANED :: else fi;
     if :: hl==1+p -> hl=ORPHANED :: else fi;
-    if :: dead[p] -> gone[p]=1 :: else fi;
     k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0; c=0; done[p]=1 }
 }
 
@@ -348,15 +347,21 @@ inline finish() {
 }
 inline reset_word(b_) { if :: st[b_]==LIVE && !wpunched[b_] -> st[b_]=FREE; cnt[b_]=0; gen[b_]=gen[b_]+1 :: else fi }
 
-inline reap(x_) {
-#ifndef BUG_REAP_UNRECOVERED
-  settle(); handshake();
-#endif
+inline unpin(x_) {
   atomic { b=pin[x_]; g=pg[x_]; pin[x_]=NIL; pg[x_]=0 };
   if
   :: b!=NIL -> w=sp[b]; count_down(b,g); if :: won && w==LARGE -> sp[b]=RELEASING :: else fi
   :: else
-  fi;
+  fi
+}
+inline reap(x_) {
+#ifndef BUG_REAP_UNRECOVERED
+  settle(); handshake();
+#endif
+  unpin(x_);
+#ifdef THREADS
+  unpin(1); reaped[1]=1;
+#endif
   k=0;
   do
   :: k<NP ->
@@ -477,7 +482,7 @@ work:
      if :: LOCKED_ACT -> guard() :: else -> w=sp[0]; ok=IS_SMALL(w) fi;
      if
      :: act==REAP0 -> if :: GONE(0) && !reaped[0] -> reap(0) :: else fi
-     :: act==REAP1 -> if :: GONE(1) && !reaped[1] -> reap(1) :: else fi
+     :: act==REAP1 -> if :: GONE(1) && !reaped[O(1)] -> reap(O(1)) :: else fi
      :: act==SWEEP -> sweep()
      :: act==GIVE_BACK && ok -> give_back(); unguard()
      :: act==ASIDE && ok ->

@@ -1,0 +1,65 @@
+"""shmheap: a heap that many processes share, and that gives memory back.
+
+General layout, from the ground up:
+
+    errors, config, stats   words that all rooms share
+    rss                     the independent witness: what the kernel says
+    _core (csrc/)           the core in C: whatever runs under a lock, or once per allocation
+    arena, block, roots     files and their names; handles and leases; named roots
+    coordinator/            the one process per heap that reaps, collects and scavenges
+    heap                    Heap: its docstring follows one allocation all the way down
+    verify                  the books against the witness
+    testing                 fake time and ordered events, also for users' tests
+    cli/                    the commands
+
+Imports run one way, upwards; a test holds them to it. docs/invariants.md numbers what must hold.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if not sys.platform.startswith("linux"):
+    raise ImportError(
+        f"shmheap supports Linux only, not {sys.platform}: it needs MADV_REMOVE, open file "
+        "description locks and robust futexes"
+    )
+
+from shmheap.block import Block, Lease
+from shmheap.config import Config
+from shmheap.errors import (
+    CoordinatorLost,
+    HeapCorrupt,
+    HeapError,
+    HeapExists,
+    HeapFull,
+    HeapNotFound,
+    StaleHandle,
+    UntrustedArena,
+)
+from shmheap.heap import Heap, open, unlink
+from shmheap.roots import Roots
+from shmheap.stats import GCReport, HeapStats, ScavengeReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "Config",
+    "CoordinatorLost",
+    "GCReport",
+    "Heap",
+    "HeapCorrupt",
+    "HeapError",
+    "HeapExists",
+    "HeapFull",
+    "HeapNotFound",
+    "HeapStats",
+    "Lease",
+    "Roots",
+    "ScavengeReport",
+    "StaleHandle",
+    "UntrustedArena",
+    "open",
+    "unlink",
+]

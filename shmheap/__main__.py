@@ -1,0 +1,7 @@
+"""`python -m shmheap` is the command `shmheap`."""
+
+import sys
+
+from shmheap.cli import main
+
+sys.exit(main())

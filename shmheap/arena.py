@@ -1,0 +1,180 @@
+"""Names and files of arenas: made without a name, trusted only after a look.
+
+An arena is one POSIX shared-memory object of mode 0600. It is formatted while it has no name
+(O_TMPFILE) and linked when it is whole, so nobody ever opens half of one and a death in between
+leaves nothing behind. Whoever opens one by name checks owner, mode and kind here, and the core checks
+the header.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from shmheap import _core
+from shmheap.config import Config
+from shmheap.errors import HeapExists, HeapFull, HeapNotFound, UntrustedArena
+
+__all__ = [
+    "DIRECTORY",
+    "MAX_NAME_BYTES",
+    "ArenaFile",
+    "bell_name",
+    "check_name",
+    "create_file",
+    "file_path",
+    "find_arenas",
+    "open_arena",
+    "random_name",
+]
+
+DIRECTORY = "/dev/shm"
+PREFIX = "shmheap"
+MAX_NAME_BYTES = 200
+"""With the prefix, the uid and the doorbell's name it stays below the 255 of a file name."""
+
+NO_LIMIT = 1 << 62
+
+
+class ArenaFile(NamedTuple):
+    """An arena that lies in a directory."""
+
+    name: str
+    uid: int
+    path: str
+
+
+def check_name(name: str) -> str:
+    """Return the name if an arena can have it.
+
+    Raises TypeError, or ValueError that says what is wrong; before any system call.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a heap's name is a str, not {type(name).__name__}")
+    if not name:
+        raise ValueError("a heap's name must not be empty")
+    if "/" in name:
+        raise ValueError(f"a heap's name must not contain a slash: {name!r}")
+    if not name.isprintable():
+        raise ValueError(f"a heap's name must not contain control characters: {name!r}")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"a heap's name must be valid Unicode: {name!r}") from None
+    if size > MAX_NAME_BYTES:
+        raise ValueError(f"a heap's name has at most {MAX_NAME_BYTES} bytes, this one {size}")
+    return name
+
+
+def random_name() -> str:
+    """Return a name that nobody has."""
+    return f"{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def file_path(name: str, directory: str | None = None) -> str:
+    """Return where this user's arena of that name lies."""
+    return f"{directory or DIRECTORY}/{PREFIX}.{os.geteuid()}.{check_name(name)}"
+
+
+def bell_name(nonce: int) -> str:
+    """Return the name of the semaphore that wakes the coordinator."""
+    return f"/{PREFIX}.{os.geteuid()}.{nonce:016x}.bell"
+
+
+def capacity_of(directory: str | None) -> int:
+    """Return the default capacity: the size of the file system, in bytes."""
+    found = os.statvfs(directory or DIRECTORY)
+    return found.f_blocks * found.f_frsize
+
+
+def create_file(path: str, capacity: int, config: Config) -> int:
+    """Make an arena of that many bytes and give it its name.
+
+    Returns its fd, for the caller to close. Raises HeapExists, HeapFull (no room even for the
+    header), ValueError (a capacity that cannot be), OSError.
+    """
+    directory = os.path.dirname(path)
+    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+        _format(fd, capacity, config)
+        _link(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _format(fd: int, capacity: int, config: Config) -> None:
+    limit = config.memory_limit_bytes or NO_LIMIT
+    text = config.to_json().encode()
+    try:
+        _core.format(fd, capacity, secrets.randbits(63) | 1, limit, text)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise HeapFull("tmpfs", requested_bytes=_core.HEADER_BYTES) from error
+        if error.errno in (22, 27):  # EINVAL, EFBIG
+            raise ValueError(f"a heap cannot have a capacity of {capacity} bytes") from error
+        raise
+
+
+def _link(fd: int, path: str) -> None:
+    here = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # With a directory fd Python calls linkat and follows the link to the file that has no name.
+        os.link(str(fd), path, src_dir_fd=here, follow_symlinks=True)
+    except FileExistsError:
+        raise HeapExists(17, "there is a heap of that name already", path) from None
+    finally:
+        os.close(here)
+
+
+def open_arena(heap: str, *, read_only: bool = False) -> tuple[int, str]:
+    """Open an arena by name or absolute path, and look whether it is ours.
+
+    Returns (fd, path); the fd is the caller's to close.
+
+    Raises:
+        HeapNotFound: There is none.
+        UntrustedArena: Another user owns it, others may open it, or it is no regular file.
+        ValueError: No heap can have that name.
+    """
+    path = heap if heap.startswith("/") else file_path(heap)
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    if not path.startswith("/proc/"):  # an unlinked heap is found through a process that has it open
+        flags |= os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        raise HeapNotFound(2, "there is no heap of that name", path) from None
+    except OSError as error:
+        raise UntrustedArena(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        _trust(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, path
+
+
+def _trust(fd: int, path: str) -> None:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise UntrustedArena(f"{path} is not a regular file")
+    if found.st_uid != os.geteuid():
+        raise UntrustedArena(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise UntrustedArena(f"{path} may be opened by others (mode {mode:o}, not 600)")
+
+
+def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:
+    """Find the files of this host that are named like arenas, of every user."""
+    for path in sorted(Path(directory or DIRECTORY).glob(f"{PREFIX}.*")):
+        _, uid, name = path.name.split(".", 2) if path.name.count(".") >= 2 else ("", "", "")
+        if uid.isdigit() and name:
+            yield ArenaFile(name, int(uid), str(path))

@@ -1,0 +1,451 @@
+"""Heap: create, attach, open, alloc, put, close, unlink.
+
+One allocation, all the way down:
+
+    heap.alloc(64)                       csrc/module.c  a method of the C base class, no Python
+      size class, a spare Block object   csrc/module.c, size_classes.h
+      own process lock                   csrc/lock.c    robust; nobody else wants it but the coordinator
+      a bit of the private bitmap        csrc/span.c    a hint
+      CAS of the block word FREE -> LIVE csrc/block.c   the arbiter
+      a pin: this process holds it       csrc/block.c
+    no free block is known:
+      freed by others, pages given back  csrc/span.c
+      a run of pages, under the heap lock csrc/pages.c
+      committed before use               csrc/os.c
+    no memory: _alloc_when_short below asks the coordinator, waits as long as it may, and says why not
+
+Freeing goes the same way back: drop the pin, count down, and whoever brings the count to 0 frees.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import threading
+import time
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import posix_ipc
+
+from shmheap import _core, arena, block
+from shmheap._core import Block, HeapBase
+from shmheap.config import Config, parse_size
+from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL
+from shmheap.errors import (
+    CoordinatorLost,
+    HeapCorrupt,
+    HeapError,
+    HeapFull,
+    HeapNotFound,
+    StaleHandle,
+)
+from shmheap.roots import Roots
+from shmheap.stats import GCReport, HeapStats, ScavengeReport
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import numpy as np
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["Heap", "open", "unlink"]
+
+ANSWER_S = 60.0
+"""How long gc() and scavenge() wait for the coordinator unless told otherwise."""
+
+RECLAIM_S = 5.0
+"""How long an allocation waits for one collection before it is refused: a coordinator that is alive
+answers in milliseconds, one that must be started first in tenths of a second."""
+
+_open_heaps: weakref.WeakSet[Heap] = weakref.WeakSet()
+_found_heaps: dict[int, Heap] = {}
+"""Heaps that were attached because a handle of theirs was unpickled, by nonce."""
+_lock = threading.RLock()
+
+
+class Heap(HeapBase):
+    """This process's use of a heap that many processes share.
+
+    Made by `create`, `attach` or `shmheap.open`. A context manager: leaving it closes, and never
+    unlinks. A heap lives until its last user leaves, or with Config(keep=True) until it is unlinked.
+    Can be pickled: the receiver attaches. Safe to use from several threads, and after os.fork.
+    """
+
+    name: str
+    _path: str
+    _config: Config
+    _pid: int
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        *,
+        capacity: int | str | None = None,
+        config: Config | None = None,
+    ) -> Self:
+        """Make a new heap and start its coordinator.
+
+        Args:
+            name: How others find it; None: a name that nobody has. At most 200 bytes, no slash.
+            capacity: Bytes that blocks can have together ("4GiB" or an int). Costs nothing until
+                touched. None: the size of the file system.
+            config: How it behaves; stored with it.
+
+        Raises:
+            HeapExists: There is a heap of that name.
+            HeapFull: The file system has not even room for a heap's tables.
+            ValueError: No heap can have that name or capacity.
+
+        Cost: some 20 system calls, and two forks for the coordinator, for which nobody waits.
+        """
+        config = config or Config()
+        name = arena.random_name() if name is None else arena.check_name(name)
+        path = arena.file_path(name, config.directory)
+        nbytes = arena.capacity_of(config.directory) if capacity is None else parse_size(capacity)
+        if nbytes <= 0:
+            raise ValueError(f"a heap's capacity is at least one page, not {nbytes} bytes")
+        fd = arena.create_file(path, nbytes, config)
+        heap = cls._attached(fd, path, name)
+        if heap is None:
+            raise HeapNotFound(2, "the heap was closed by somebody else", path)
+        return heap
+
+    @classmethod
+    def attach(cls, name: str, *, directory: str | None = None) -> Self:
+        """Use a heap that exists.
+
+        Args:
+            name: Its name.
+            directory: Where it lies, if it was made with Config(directory=...).
+
+        Raises:
+            HeapNotFound: There is none of that name, or it is being unlinked.
+            UntrustedArena: Its file is not one of this user's heaps, or of another version.
+        """
+        return cls._attach_path(arena.file_path(name, directory), name)
+
+    @classmethod
+    def _attach_path(cls, path: str, name: str) -> Self:
+        fd, path = arena.open_arena(path)
+        heap = cls._attached(fd, path, name)
+        if heap is None:
+            raise HeapNotFound(2, "the heap is being unlinked", path)
+        return heap
+
+    @classmethod
+    def _attached(cls, fd: int, path: str, name: str) -> Self | None:
+        """Take a slot in the arena; None if it is closing. Closes the fd."""
+        heap = cls()
+        heap.name = name
+        heap._path = path
+        heap._pid = os.getpid()
+        bell = _Bell(path)
+        try:
+            if not heap._attach(fd, path, bell.ring):
+                return None
+        finally:
+            os.close(fd)
+        heap._config = Config.from_json(heap._config_bytes())
+        bell.serve(heap.nonce, heap._config)
+        bell.ring(heap._coordinator_alive())
+        _open_heaps.add(heap)
+        return heap
+
+    @property
+    def config(self) -> Config:
+        """How the heap behaves, as stored with it."""
+        return self._config
+
+    @property
+    def roots(self) -> Roots:
+        """The named roots: blocks that live because they have a name."""
+        return Roots(self)
+
+    # Memory
+
+    def _alloc_when_short(self, nbytes: int, zero: bool, timeout: float | None, status: int) -> Block:
+        """Go on where the core found no memory: reclaim, wait, or say why not (rule 16)."""
+        if nbytes > self.capacity:
+            raise self._full(nbytes, status)
+        deadline = math.inf if timeout is None else time.monotonic() + float(timeout)
+        self._reclaim()
+        self._waiting(1)
+        try:
+            refused = False
+            while True:
+                seen = self._freed()
+                found = self._alloc_once(nbytes, zero)
+                if isinstance(found, Block):
+                    return found
+                if refused:
+                    raise self._full(nbytes, found, waiting=True)
+                if time.monotonic() >= deadline:
+                    raise self._full(nbytes, found)
+                refused = not self._wait_memory(seen)
+        finally:
+            self._waiting(-1)
+
+    def _reclaim(self) -> None:
+        """Have the dead reaped, garbage collected and idle pages given back, once."""
+        for kind in (ASK_GC, ASK_SCAVENGE_ALL):
+            self._await(kind, self._request(kind), RECLAIM_S)
+
+    def _full(self, nbytes: int, status: int, *, waiting: bool = False) -> HeapFull:
+        stats = self.stats()
+        free = stats.capacity - stats.heap_inuse
+        holders = sorted(((pid, held) for pid, held, _ in self._holders()), key=lambda row: -row[1])
+        limit_bytes = 0
+        if waiting:
+            limit = "waiting"
+        elif status == _core.LIMIT:
+            limit, limit_bytes = "memory_limit", self._config.memory_limit_bytes or 0
+        elif status == _core.NOSPACE:
+            limit, limit_bytes = "tmpfs", arena.capacity_of(self._config.directory)
+        elif nbytes <= free:
+            limit = "fragmentation"
+        else:
+            limit, limit_bytes = "capacity", stats.capacity
+        return HeapFull(
+            limit,  # type: ignore[arg-type]
+            requested_bytes=nbytes,
+            limit_bytes=limit_bytes,
+            capacity_bytes=stats.capacity,
+            in_use_bytes=stats.heap_inuse,
+            idle_bytes=stats.heap_idle,
+            free_bytes=free,
+            holders=holders[:5],
+        )
+
+    def ndarray(self, shape: int | tuple[int, ...], dtype: DTypeLike = float) -> NDArray[Any]:
+        """Return a zeroed NumPy array of that shape and dtype whose memory is a new block.
+
+        The block lives as long as the array or a view of it. Raises ImportError without NumPy,
+        ValueError for object dtypes and empty arrays, and what alloc raises.
+        """
+        import numpy
+
+        kind: np.dtype[Any] = numpy.dtype(dtype)
+        if kind.hasobject:
+            raise ValueError("objects cannot be shared: choose a dtype without object")
+        nbytes = math.prod((shape,) if isinstance(shape, int) else shape) * kind.itemsize
+        found: NDArray[Any] = numpy.ndarray(shape, kind, buffer=self.alloc(nbytes))
+        return found
+
+    # The coordinator's services
+
+    def gc(self, timeout: float | None = ANSWER_S) -> GCReport:
+        """Run a whole collection now and wait for it.
+
+        Args:
+            timeout: Seconds to wait; None: for ever. A process that is stopped inside an operation
+                stalls a collection.
+
+        Raises CoordinatorLost if no answer comes in time.
+        """
+        return GCReport.from_fields(self._ask(ASK_GC, timeout)[:9])
+
+    def scavenge(self, *, all: bool = False, timeout: float | None = ANSWER_S) -> ScavengeReport:
+        """Give memory that is idle for Config.scavenge_after_s back to the system now.
+
+        Args:
+            all: Give back everything that is idle, however short a time.
+            timeout: Seconds to wait; None: for ever.
+
+        Raises CoordinatorLost if no answer comes in time.
+        """
+        kind = ASK_SCAVENGE_ALL if all else ASK_SCAVENGE_AGED
+        return ScavengeReport.from_fields(self._ask(kind, timeout)[:4])
+
+    def _ask(self, kind: int, timeout: float | None) -> tuple[int, ...]:
+        fields = self._await(kind, self._request(kind), math.inf if timeout is None else timeout)
+        if fields is None:
+            raise CoordinatorLost(
+                f"the coordinator of {self.name!r} did not answer within {timeout} s; its log is "
+                f"{self._config.log or 'Config.log'}"
+            )
+        return fields
+
+    def stats(self) -> HeapStats:
+        """Return the heap's numbers now. Cost: one system call, no lock."""
+        return HeapStats(**self._stats())
+
+    def check(self) -> None:
+        """Walk every invariant of the heap, with its locks held one after the other.
+
+        Raises HeapCorrupt that names each one that does not hold. Cost: a pass over all records.
+        """
+        found = self._check()
+        if found:
+            raise HeapCorrupt("\n".join(found))
+
+    # Ending
+
+    def unlink(self) -> None:
+        """Remove the heap's name: nobody attaches any more, and it goes with its last user.
+
+        Idempotent.
+        """
+        if not self.closed:
+            self._mark_unlinked()
+        _unlink_path(self._path, None if self.closed else self.nonce)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find, (self._path, self.nonce)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"<shmheap.Heap {self.name!r}: closed>"
+        stats = self.stats()
+        return (
+            f"<shmheap.Heap {self.name!r}: {stats.heap_alloc} bytes in {stats.heap_objects} blocks, "
+            f"capacity {self.capacity}>"
+        )
+
+
+class _Bell:
+    """Rings the coordinator's doorbell, and starts a successor where there is none (I-9)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._semaphore: posix_ipc.Semaphore | None = None
+        self._serving: tuple[int, Config] | None = None
+
+    def serve(self, nonce: int, config: Config) -> None:
+        """Say whose bell it is: known only once the arena is mapped."""
+        self._serving = nonce, config
+
+    def ring(self, alive: bool) -> None:
+        """Wake the coordinator; `alive`: whether its lock says that there is one."""
+        if self._serving is None:
+            return
+        nonce, config = self._serving
+        if not alive:
+            from shmheap.coordinator.process import ensure_running
+
+            ensure_running(self._path, config)
+            return  # it looks at everything when it starts
+        try:
+            if self._semaphore is None:
+                self._semaphore = posix_ipc.Semaphore(arena.bell_name(nonce))
+            self._semaphore.release()
+        except posix_ipc.ExistentialError:
+            self._semaphore = None  # it is about to start, and looks at everything then
+
+
+def open(
+    name: str, *, capacity: int | str | None = None, config: Config | None = None
+) -> Heap:
+    """Attach to the heap of that name, or create it and start its coordinator.
+
+    Args:
+        name: At most 200 bytes, no slash.
+        capacity: Bytes, for creating; see Heap.create.
+        config: How it behaves. A heap that exists must have been made with the same.
+
+    Raises ValueError if the heap exists and was made with another config or capacity, and what
+    Heap.create and Heap.attach raise.
+    """
+    directory = config.directory if config else None
+    while True:
+        try:
+            heap = Heap.attach(name, directory=directory)
+        except HeapNotFound:
+            try:
+                return Heap.create(name, capacity=capacity, config=config)
+            except FileExistsError:
+                continue  # somebody else was faster
+        _require_same(heap, capacity, config)
+        return heap
+
+
+def _require_same(heap: Heap, capacity: int | str | None, config: Config | None) -> None:
+    problem = None
+    if config is not None and config != heap.config:
+        problem = f"was made with {heap.config}, not {config}"
+    elif capacity is not None and not 0 <= parse_size(capacity) - heap.capacity < 1 << 21:
+        problem = f"has a capacity of {heap.capacity} bytes, not {capacity}"
+    if problem is not None:
+        heap.close()
+        raise ValueError(f"the heap {heap.name!r} exists and {problem}")
+
+
+def unlink(name: str, *, directory: str | None = None) -> None:
+    """Remove a heap's name: nobody attaches any more, and it goes with its last user.
+
+    Raises HeapNotFound if there is none, UntrustedArena if it is not this user's.
+    """
+    try:
+        with Heap.attach(name, directory=directory) as heap:
+            heap.unlink()
+    except UnusableHeap:
+        _unlink_path(arena.file_path(name, directory), None)
+
+
+UnusableHeap = (ValueError,)
+
+
+def _unlink_path(path: str, nonce: int | None) -> None:
+    try:
+        if nonce is None or _is_still(path, nonce):
+            os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def _is_still(path: str, nonce: int) -> bool:
+    """Whether the name still is that of this arena, and not of a new one."""
+    try:
+        fd, _ = arena.open_arena(path, read_only=True)
+    except HeapNotFound:
+        return False
+    try:
+        return _core.Observer(fd).nonce == nonce
+    finally:
+        os.close(fd)
+
+
+def _find(path: str, nonce: int) -> Heap:
+    """Return an open heap of this process with that nonce, or attach to it."""
+    with _lock:
+        for heap in [*_open_heaps, *_found_heaps.values()]:
+            if not heap.closed and heap.nonce == nonce:
+                return heap
+        try:
+            heap = Heap._attach_path(path, os.path.basename(path).split(".", 2)[-1])
+        except HeapNotFound as error:
+            raise StaleHandle(f"the heap of this handle is gone: {path}") from error
+        if heap.nonce != nonce:
+            heap.close()
+            raise StaleHandle(f"the heap of this handle is gone, and {path} is another one")
+        _found_heaps[nonce] = heap
+        return heap
+
+
+def _close_all() -> None:
+    for heap in list(_open_heaps):
+        heap.close()
+    _found_heaps.clear()
+
+
+block.find_heaps_with(_find)
+atexit.register(_close_all)
+os.register_at_fork(
+    before=_core.before_fork,
+    after_in_parent=_core.after_fork_parent,
+    after_in_child=_core.after_fork_child,
+)
