@@ -1,4 +1,348 @@
-/* Walks every invariant. */
+/*
+ * Walks every invariant, and rebuilds the caches of the truth to compare (docs/invariants.md).
+ *
+ * The page heap is looked at under its lock and must be sound at any moment. Holders and counts change
+ * without it, so what looks wrong there is looked at again: a violation is what stays.
+ */
 #include "core.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define LOOKS 4 /* at holders and counts, before something is called wrong */
+
+struct checker {
+    struct sh_ctx *c;
+    sh_report *report;
+    void *arg;
+    uint32_t violations;
+    bool silent;
+};
+
+static void wrong(struct checker *k, const char *invariant, const char *format, ...)
+{
+    char what[200];
+    va_list values;
+    k->violations++;
+    if (k->silent)
+        return;
+    va_start(values, format);
+    vsnprintf(what, sizeof what, format, values);
+    va_end(values);
+    k->report(k->arg, invariant, what);
+}
+
+/* Units */
+
+static void check_units(struct checker *k, uint32_t page, uint32_t n, uint32_t allowed, const char *of)
+{
+    uint64_t unit = sh_unit_of_page(k->c, page), end = unit + (uint64_t)n * sh_units_per_page(k->c);
+    for (; unit < end; unit++) {
+        uint32_t u = atomic_load_explicit(sh_unit(k->c, unit), ACQ);
+        if (!(allowed >> SH_UNIT_STATE(u) & 1))
+            wrong(k, "I-5", "unit %llu of a %s run at page %u is in state %u", (unsigned long long)unit, of,
+                  page, SH_UNIT_STATE(u));
+    }
+}
+
+#define AT_REST (1u << SH_UNIT_RELEASED | 1u << SH_UNIT_COMMITTED)
+#define ANY     (AT_REST | 1u << SH_UNIT_RESERVED | 1u << SH_UNIT_RELEASING)
+
+/* Small spans */
+
+static bool lies_in_holes(struct checker *k, uint32_t page, uint32_t kind, uint32_t index)
+{
+    uint32_t first, last;
+    sh_block_units(k->c, kind, index, &first, &last);
+    for (uint32_t i = first; i <= last; i++) {
+        uint32_t u = atomic_load_explicit(sh_unit(k->c, sh_unit_of_page(k->c, page) + i), ACQ);
+        if (SH_UNIT_STATE(u) != SH_UNIT_COMMITTED || SH_UNIT_STAMP(u) != 0)
+            return true;
+    }
+    return false;
+}
+
+static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t kind, uint32_t index)
+{
+    const _Atomic uint64_t *word = sh_words(k->c, page, k->c->kinds[kind].tier) + index;
+    uint64_t w = atomic_load_explicit(word, ACQ), state = SH_BSTATE(w);
+    if (state == SH_BLOCK_LIVE) {
+        if (SH_COUNT(w) == 0)
+            wrong(k, "I-6", "block %u of the span at page %u lives without a holder", index, page);
+        if (lies_in_holes(k, page, kind, index) && atomic_load_explicit(word, ACQ) == w &&
+            sh_span(k->c, page) == span)
+            wrong(k, "I-5", "block %u of the span at page %u lives in a page that is not committed", index,
+                  page);
+    } else if (w >> SH_GEN_BITS != state << (SH_BSTATE_SHIFT - SH_GEN_BITS)) {
+        wrong(k, "I-6", "block %u of the span at page %u is not live but has holders or marks", index, page);
+    }
+}
+
+static void check_small(struct checker *k, uint32_t page, uint64_t span)
+{
+    uint32_t kind = SH_SPAN_KIND(span);
+    if (kind >= SH_NCLASSES || SH_SPAN_NPAGES(span) != k->c->kinds[kind].npages) {
+        wrong(k, "I-1", "the small span at page %u has class %u and %u pages", page, kind,
+              SH_SPAN_NPAGES(span));
+        return;
+    }
+    for (uint32_t p = page; p < page + SH_SPAN_NPAGES(span); p++)
+        if (SH_HI(atomic_load_explicit(&sh_page(k->c, p)->head, RLX)) != page)
+            wrong(k, "I-1", "page %u does not know the head of its span, page %u", p, page);
+    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks && sh_span(k->c, page) == span; i++)
+        check_word(k, page, span, kind, i);
+}
+
+/* Free runs and lists. Heap locked */
+
+static void check_free(struct checker *k, uint32_t page, uint32_t n, bool after_free)
+{
+    uint64_t head = atomic_load_explicit(&sh_page(k->c, page)->head, RLX);
+    uint64_t units = (uint64_t)n * sh_units_per_page(k->c);
+    uint64_t released = sh_units_released(k->c, sh_unit_of_page(k->c, page), units);
+    if (after_free)
+        wrong(k, "I-1", "the free runs before and at page %u are not merged", page);
+    if (SH_HI(head) != page || SH_LO(head) != released)
+        wrong(k, "I-1", "the free run at page %u says %u released units at head %u, there are %llu", page,
+              SH_LO(head), SH_HI(head), (unsigned long long)released);
+    if (SH_HI(atomic_load_explicit(&sh_page(k->c, page + n - 1)->head, RLX)) != page)
+        wrong(k, "I-1", "the last page of the free run at page %u does not name it", page);
+    check_units(k, page, n, AT_REST, "free");
+}
+
+/* Members of a circular list. Their number, bounded: a broken list may run for ever. */
+static uint64_t check_list(struct checker *k, uint32_t first, uint64_t at_most, uint32_t state, uint32_t bin)
+{
+    uint64_t n = 0;
+    uint32_t page = first, used = (uint32_t)atomic_load(&k->c->hdr->used_pages);
+    while (page != SH_NIL && n < at_most) {
+        if (page >= used) {
+            wrong(k, "I-1", "a list names page %u, which was never used", page);
+            return n;
+        }
+        uint64_t span = sh_span(k->c, page), link = atomic_load_explicit(&sh_page(k->c, page)->link, RLX);
+        bool member = state == SH_FREE ? sh_bin_of(SH_SPAN_NPAGES(span)) == bin
+                                       : SH_SPAN_KIND(span) == bin && SH_SPAN_OWNER(span) == SH_OWNER_NONE;
+        if (SH_SPAN_STATE(span) != state || SH_SPAN_NPAGES(span) == 0 || !member)
+            wrong(k, "I-1", "page %u is in list %u and does not belong there", page, bin);
+        if (SH_HI(link) >= used ||
+            SH_LO(atomic_load_explicit(&sh_page(k->c, SH_HI(link))->link, RLX)) != page)
+            wrong(k, "I-1", "the list through page %u is torn", page);
+        n++;
+        page = SH_HI(link) < used ? SH_HI(link) : first;
+        if (page == first)
+            break;
+    }
+    return n;
+}
+
+static void check_lists(struct checker *k, uint64_t free_runs, uint64_t orphans)
+{
+    const struct sh_header *h = k->c->hdr;
+    uint64_t runs = 0, lost = 0;
+    for (uint32_t b = 0; b < SH_NBINS; b++) {
+        bool bit = h->bin_bits[b / 64] >> (b % 64) & 1;
+        if (bit != (h->bins[b] != SH_NIL))
+            wrong(k, "I-1", "the bit of list %u is wrong", b);
+        runs += check_list(k, (uint32_t)h->bins[b], free_runs + 1, SH_FREE, b);
+    }
+    for (uint32_t kind = 0; kind < SH_NCLASSES; kind++)
+        lost += check_list(k, (uint32_t)h->orphans[kind], orphans + 1, SH_SMALL, kind);
+    if (runs != free_runs)
+        wrong(k, "I-1", "%llu free runs, %llu in lists", (unsigned long long)free_runs,
+              (unsigned long long)runs);
+    if (lost != orphans)
+        wrong(k, "I-1", "%llu spans without owner, %llu in lists", (unsigned long long)orphans,
+              (unsigned long long)lost);
+}
+
+static void check_run(struct checker *k, uint32_t page, uint64_t span, bool after_free)
+{
+    uint32_t n = SH_SPAN_NPAGES(span);
+    switch (SH_SPAN_STATE(span)) {
+    case SH_FREE:
+        check_free(k, page, n, after_free);
+        break;
+    case SH_SMALL:
+        check_small(k, page, span);
+        break;
+    case SH_LARGE:
+    case SH_PINS:
+    case SH_LEASES:
+        if (sh_span(k->c, page) == span)
+            check_units(k, page, n, 1u << SH_UNIT_COMMITTED, "used");
+        break;
+    case SH_RESERVED:
+    case SH_RELEASING:
+        check_units(k, page, n, ANY, "reserved");
+        break;
+    case SH_RETIRED:
+        break;
+    default:
+        wrong(k, "I-1", "page %u is in state %u", page, SH_SPAN_STATE(span));
+    }
+}
+
+static void check_heap(struct checker *k)
+{
+    const struct sh_header *h = k->c->hdr;
+    uint64_t used = atomic_load(&h->used_pages), inuse = 0, free_runs = 0, orphans = 0;
+    bool after_free = false;
+    if (used > k->c->geo.npages || used > atomic_load(&h->table_pages)) {
+        wrong(k, "I-1", "the high-water mark is page %llu", (unsigned long long)used);
+        return;
+    }
+    for (uint32_t page = 0; page < used;) {
+        uint64_t span = sh_span(k->c, page);
+        uint32_t n = SH_SPAN_NPAGES(span), state = SH_SPAN_STATE(span);
+        if (n == 0 || state == SH_NONE || page + (uint64_t)n > used) {
+            wrong(k, "I-1", "no span starts at page %u, where the one before it ends", page);
+            return;
+        }
+        check_run(k, page, span, after_free);
+        after_free = state == SH_FREE;
+        free_runs += state == SH_FREE;
+        orphans += state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE;
+        inuse += state == SH_FREE ? 0 : n;
+        page += n;
+    }
+    if (inuse != atomic_load(&h->inuse_pages))
+        wrong(k, "I-1", "%llu pages are in use, the counter says %llu", (unsigned long long)inuse,
+              (unsigned long long)atomic_load(&h->inuse_pages));
+    check_lists(k, free_runs, orphans);
+}
+
+/* Holders and counts */
+
+struct cells {
+    uint64_t *word;
+    uint64_t n, room;
+};
+
+static bool cells_add(struct cells *a, uint64_t cell)
+{
+    if (a->n == a->room) {
+        uint64_t room = a->room ? 2 * a->room : 1024;
+        uint64_t *word = realloc(a->word, room * sizeof *word);
+        if (word == NULL)
+            return false;
+        a->word = word;
+        a->room = room;
+    }
+    a->word[a->n++] = SH_CELL_WORD(cell);
+    return true;
+}
+
+static bool add_cell(struct checker *k, struct cells *a, uint64_t cell, bool pin)
+{
+    struct sh_ref r;
+    if (cell == 0)
+        return true;
+    if (!sh_locate(k->c, SH_CELL_WORD(cell), &r)) {
+        wrong(k, "I-7", "a holder names word %llu, where no block is", (unsigned long long)SH_CELL_WORD(cell));
+        return true;
+    }
+    uint64_t w = atomic_load_explicit(r.word, ACQ);
+    if (pin && (SH_GEN(w) & 0xffffffu) != SH_CELL_LOW(cell))
+        wrong(k, "I-7", "a pin holds an older generation of the block at page %u", r.page);
+    return cells_add(a, cell);
+}
+
+static bool add_span(struct checker *k, struct cells *a, uint32_t page, uint32_t kind)
+{
+    const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(k->c, page);
+    uint32_t step = k->c->kinds[kind].size / 8;
+    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks; i++)
+        if (!add_cell(k, a, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ), kind == SH_KIND_PINS))
+            return false;
+    return true;
+}
+
+static bool add_roots(struct checker *k, struct cells *a)
+{
+    const struct sh_root *roots = (const struct sh_root *)(k->c->base + k->c->geo.roots);
+    uint64_t used = k->c->hdr->roots_used;
+    for (uint32_t b = 0; b < SH_ROOT_BUCKETS; b++) {
+        uint64_t entry = k->c->hdr->root_buckets[b];
+        for (uint64_t i = 0; entry < used && entry < SH_MAX_ROOTS && i <= used; i++) {
+            if (!add_cell(k, a, atomic_load(&roots[entry].cell), true))
+                return false;
+            entry = roots[entry].next;
+        }
+    }
+    return true;
+}
+
+static enum sh_status gather(struct checker *k, struct cells *a)
+{
+    struct sh_walk walk = {0};
+    uint32_t page;
+    uint64_t span;
+    enum sh_status status;
+    a->n = 0;
+    if (!add_roots(k, a))
+        return SH_NOMEM;
+    while ((status = sh_walk_next(k->c, &walk, &page, &span)) == SH_OK) {
+        uint32_t state = SH_SPAN_STATE(span);
+        if (state != SH_PINS && state != SH_LEASES)
+            continue;
+        if (!add_span(k, a, page, state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES))
+            return SH_NOMEM;
+    }
+    return status == SH_ABSENT ? SH_OK : status;
+}
+
+static int by_number(const void *x, const void *y)
+{
+    uint64_t a = *(const uint64_t *)x, b = *(const uint64_t *)y;
+    return a < b ? -1 : a > b;
+}
+
+static void compare_counts(struct checker *k, const struct cells *a)
+{
+    for (uint64_t i = 0, same; i < a->n; i += same) {
+        struct sh_ref r;
+        for (same = 1; i + same < a->n && a->word[i + same] == a->word[i];)
+            same++;
+        if (!sh_locate(k->c, a->word[i], &r))
+            continue;
+        uint64_t w = atomic_load_explicit(r.word, ACQ);
+        if (SH_BSTATE(w) != SH_BLOCK_LIVE)
+            wrong(k, "I-6", "%llu holders name a dead block at page %u", (unsigned long long)same, r.page);
+        else if (SH_COUNT(w) < same && SH_COUNT(w) != SH_COUNT_MAX)
+            wrong(k, "I-6", "%llu holders, count %llu of a block at page %u", (unsigned long long)same,
+                  (unsigned long long)SH_COUNT(w), r.page);
+    }
+}
+
+static enum sh_status check_holders(struct checker *k)
+{
+    struct cells a = {0};
+    enum sh_status status = SH_OK;
+    for (int look = 1; look <= LOOKS && status == SH_OK; look++) {
+        uint32_t before = k->violations;
+        k->silent = look < LOOKS;
+        status = gather(k, &a);
+        if (status == SH_OK && a.n != 0)
+            qsort(a.word, a.n, sizeof *a.word, by_number);
+        if (status == SH_OK)
+            compare_counts(k, &a);
+        if (k->violations == before)
+            break;
+    }
+    free(a.word);
+    return status;
+}
+
+/* Reports every violation. SH_OK: the walk was whole, whatever it found. */
 enum sh_status sh_check(struct sh_ctx *c, sh_report *report, void *arg)
-{ (void)c; (void)report; (void)arg; return SH_OK; }
+{
+    struct checker k = {.c = c, .report = report, .arg = arg};
+    enum sh_status status = sh_heap_lock(c, 60000);
+    if (status != SH_OK)
+        return status;
+    check_heap(&k);
+    sh_heap_unlock(c);
+    return check_holders(&k);
+}

@@ -196,6 +196,17 @@ inline wake(b_) { atomic { if :: st[b_]==HOLE && WAKEABLE(b_,u) -> word(b_); st[
 inline forget() { atomic { k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0 } }
 inline claim(b_) { st[b_]=LIVE; cnt[b_]=1; tch[b_]=1; assert(USABLE(b_)) }
 
+#ifdef BUG_GEN_RESTART
+#define FRESH_WORD(b) gen[b]=0      /* words come back from a hole as zeros, no watermark */
+#else
+#define FRESH_WORD(b) skip
+#endif
+#ifdef BUG_ALLOC_NO_CHECK
+#define STILL_MINE true             /* X trusts its list and does not look at the span word again */
+#else
+#define STILL_MINE (sp[0]==MY_SMALL)
+#endif
+
 proctype worker(byte p) {
   byte c, k, n, need, b, g, u, w; bit ok, won;
   {
@@ -210,7 +221,7 @@ alloc_span:
        if
        :: n!=0 ->
           ok=1;
-          atomic { wpunched[k]=0; if :: n==2 -> wpunched[1]=0 :: else fi };
+          atomic { wpunched[k]=0; FRESH_WORD(k); if :: n==2 -> wpunched[1]=0; FRESH_WORD(1) :: else fi };
           commit(k);
           if :: n==2 && ok -> commit(1) :: else fi;
           if
@@ -260,7 +271,7 @@ alloc_span:
     :: sp[0]==MY_SMALL && pin[p]==NIL ->                                                   /* allocate a small block */
        lock(O(p),p);
        if
-       :: sp[0]==MY_SMALL ->
+       :: STILL_MINE ->
           if :: b=0 :: b=1 fi;
           atomic { word(b); if :: st[b]==FREE -> claim(b); ok=1 :: else fi };
           if :: ok -> atomic { pin[p]=b; pg[p]=gen[b] } :: else fi
@@ -371,7 +382,9 @@ inline reap(x_) {
         hard=1; sp[k]=RELEASING
      :: sp[k]==SMALL(O(x_)) ->
         u=0;
+#ifndef BUG_REAP_NO_PUNCH
         do :: u<NP -> if :: un[u]==URESERVED -> un[u]=URELEASING; punch_unit(u) :: else fi; u++ :: else -> break od;
+#endif
         if :: EMPTY -> sp[k]=RELEASING :: else -> sp[k]=SMALL(NONE) fi
      :: else
      fi;
@@ -444,8 +457,10 @@ inline aside_block(b_) { atomic { if :: COVERS(b_,u) && st[b_]==FREE -> word(b_)
 #define PUNCH_HOLE 6                /* a unit all of whose blocks are set aside */
 #define RELEASE 8                   /* a free span */
 #define NOTHING 10
-#ifdef BUG_ASIDE_NO_LOCK
+#if defined(BUG_ASIDE_NO_LOCK)
 #define LOCKED_ACT (act==GIVE_BACK)
+#elif defined(BUG_ORPHAN_NO_LOCK)
+#define LOCKED_ACT (act==GIVE_BACK || (act>GIVE_BACK && act<RELEASE && w!=SMALL(NONE)))
 #else
 #define LOCKED_ACT (act>=GIVE_BACK && act<RELEASE)
 #endif
@@ -465,7 +480,9 @@ proctype coll() {
 #ifndef BUG_SCAN_UNRECOVERED
      settle(); handshake();
 #endif
+#ifndef BUG_NO_REDO
      do :: u<NP -> if :: IS_SMALL(sp[0]) && un[u]==URELEASING -> punch_unit(u) :: else fi; u++ :: else -> break od;
+#endif
      atomic { act=NOTHING; hard=1; fresh=0 };
      goto finish_all
   :: atomic { !fresh && a<ACTS && !QUIET -> a++;
@@ -478,7 +495,7 @@ proctype coll() {
      goto work
   :: atomic { !fresh && QUIET && step<8 -> a=ACTS; act=step%4; step++ };   /* closing: reap, sweep and give back, twice */
 work:
-     ok=0;
+     ok=0; w=sp[0];
      if :: LOCKED_ACT -> guard() :: else -> w=sp[0]; ok=IS_SMALL(w) fi;
      if
      :: act==REAP0 -> if :: GONE(0) && !reaped[0] -> reap(0) :: else fi
