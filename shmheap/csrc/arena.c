@@ -113,7 +113,6 @@ enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t lim
     memcpy(h->config, config, config_bytes);
     h->config_bytes = (uint32_t)config_bytes;
     atomic_store(&h->limit_units, limit_bytes >> unit_shift);
-    sh_mutex_init(&sh_slot(&c, 0)->mutex);
     atomic_store(&h->slots_used, 1);
     sh_os_unmap(c.base, c.geo.slots + sizeof(struct sh_slot));
     return SH_OK;

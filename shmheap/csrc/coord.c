@@ -43,13 +43,13 @@ enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
         struct sh_slot *s = sh_slot(c, i);
         if (i != 0 && !in_use(c, i))
             continue;
-        enum sh_status status = sh_mutex(&s->mutex, PATIENCE_MS);
+        enum sh_status status = sh_process_lock(c, s, PATIENCE_MS);
         if (status != SH_OK)
             return status;
         uint64_t from = sh_os_now_ns();
         if (phase >= 0)
             atomic_store_explicit(&s->phase, (uint32_t)phase, REL);
-        sh_mutex_unlock(&s->mutex);
+        sh_process_unlock(s);
         uint64_t held = sh_os_now_ns() - from;
         c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
     }
@@ -544,26 +544,26 @@ bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
     if (SH_SPAN_OWNER(*span) == SH_OWNER_NONE)
         return take_orphan(c, page, span);
     struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(*span));
-    if (sh_mutex(&s->mutex, PATIENCE_MS) != SH_OK)
+    if (sh_process_lock(c, s, PATIENCE_MS) != SH_OK)
         return false;
     if (sh_span(c, page) == *span)
         return true;
-    sh_mutex_unlock(&s->mutex);
+    sh_process_unlock(s);
     return false;
 }
 
 /* The span is no small span any more. */
-void sh_let_mutex(struct sh_ctx *c, uint64_t span)
+void sh_let_owner(struct sh_ctx *c, uint64_t span)
 {
     if (SH_SPAN_OWNER(span) != c->owner)
-        sh_mutex_unlock(&sh_slot(c, SH_SPAN_SLOT(span))->mutex);
+        sh_process_unlock(sh_slot(c, SH_SPAN_SLOT(span)));
 }
 
 void sh_let_small(struct sh_ctx *c, uint32_t page, uint64_t span)
 {
     if (SH_SPAN_OWNER(span) == c->owner)
         make_orphan(c, page, span);
-    sh_let_mutex(c, span);
+    sh_let_owner(c, span);
 }
 
 /* Free runs that the coordinator has out of the page heap for a moment */

@@ -124,13 +124,19 @@ int sh_os_unused(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno *
 void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited);    /* NULL and errno EAGAIN: another has it */
 void sh_os_not_inherited(void *held);
 void sh_os_let_go(void *held);
-bool sh_os_byte_is_held(int fd, uint64_t byte);
+bool sh_os_byte_is_held(const struct sh_ctx *, uint64_t byte);
 uint64_t sh_os_now_ns(void);
 uint64_t sh_os_pid_namespace(void);
 int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms); /* 0 or errno */
 void sh_os_wake(_Atomic uint32_t *word);
 int sh_os_spawn_detached(char *const argv[], const char *log_path); /* 0 or errno */
-void sh_os_sleep_ms(int ms);
+void sh_os_nap(long ns);
+static inline void sh_os_pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
 
 /* lock.c */
 enum { SH_RANK_REGISTRY = 1, SH_RANK_ROOTS, SH_RANK_HEAP, SH_RANK_PROCESS };
@@ -141,8 +147,8 @@ void sh_lock_init(struct sh_lock *, uint32_t rank);
 enum sh_status sh_lock(struct sh_ctx *, struct sh_lock *, int wait_ms);
 void sh_unlock(struct sh_ctx *, struct sh_lock *);
 void sh_lock_rebuilt(struct sh_lock *);
-enum sh_status sh_mutex(pthread_mutex_t *, int wait_ms);
-void sh_mutex_unlock(pthread_mutex_t *);
+enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
+void sh_process_unlock(struct sh_slot *);
 void sh_poison(struct sh_ctx *);
 void sh_fork_ranks(void);
 
@@ -242,7 +248,7 @@ uint64_t sh_heap_alloc(const struct sh_ctx *);   /* bytes in live blocks, from t
 uint64_t sh_heap_objects(const struct sh_ctx *);
 bool sh_hold_small(struct sh_ctx *, uint32_t page, uint64_t *span);
 void sh_let_small(struct sh_ctx *, uint32_t page, uint64_t span);
-void sh_let_mutex(struct sh_ctx *, uint64_t span);
+void sh_let_owner(struct sh_ctx *, uint64_t span);
 
 static inline uint32_t sh_phase_of(uint32_t phase)
 {

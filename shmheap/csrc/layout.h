@@ -53,18 +53,20 @@ struct sh_lock {
 };
 
 /* A process (I-7, I-8). Its lock has no log: pins, leases, references and block words have write
- * orders of their own, so whoever finds its holder dead has nothing to repair (I-3). */
+ * orders of their own, so whoever finds its holder dead has nothing to repair (I-3). The lock is one
+ * word, 0 or its holder (owner and incarnation as in a span record, and 1), because it is taken twice
+ * per allocation; whether a holder lives is what its liveness lock says. */
 
 enum sh_slot_state { SH_SLOT_FREE, SH_SLOT_LIVE, SH_SLOT_DETACHED, SH_SLOT_DEAD };
 
 struct sh_slot {
-    _Alignas(SH_LINE) pthread_mutex_t mutex; /* L: held from reading the phase to the last step */
+    _Alignas(SH_LINE) _Atomic uint64_t lock; /* held from reading the phase to the last step */
     _Atomic uint32_t state;                  /* enum sh_slot_state; L: registry */
     _Atomic uint32_t incarnation;            /* uses of this slot so far; L: registry */
     _Atomic uint32_t pid;                    /* L: registry */
     uint32_t unused0;
 
-    _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator; L: mutex */
+    _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator; L: lock */
     _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner */
     _Atomic uint32_t wait_seen;               /* hdr.freed that the last waiter saw; W: owner */
     _Atomic uint32_t refused;                 /* wait_seen that was refused; W: coordinator */
@@ -73,18 +75,18 @@ struct sh_slot {
     _Atomic uint32_t dying;                   /* reserved for node blocks: dying list, page or NIL */
     _Atomic uint64_t ended_ns;                /* when its end was noticed, 0 = not; W: coordinator */
 
-    /* Statistics, W: owner; L: mutex. Hints: the collector's walk is the truth. */
+    /* Statistics, W: owner; L: lock. Hints: the collector's walk is the truth. */
     _Alignas(SH_LINE) _Atomic uint64_t mallocs; /* blocks */
     _Atomic uint64_t frees;                     /* blocks, whoever allocated them */
     _Atomic uint64_t alloc_bytes;
     _Atomic uint64_t freed_bytes;
     _Atomic uint64_t pins;   /* cells in use */
     _Atomic uint64_t leases; /* leases that nobody took; W: owner adds, anybody subtracts */
-    uint64_t unused1[2 + 8]; /* the line beside the next slot's mutex stays ours */
+    uint64_t unused1[2 + 8]; /* the line beside the next slot's lock stays ours */
 };
 static_assert(sizeof(struct sh_slot) == 256, "a slot is four lines");
 
-/* A named root. cell: block cell as in a pin, 0 = absent; W: anybody under its own slot's mutex and
+/* A named root. cell: block cell as in a pin, 0 = absent; W: anybody under its own process lock and
  * the roots lock. The rest L: roots. */
 #define SH_ROOT_NAME_MAX 224u
 #define SH_ROOT_BUCKETS  2048u
@@ -116,7 +118,7 @@ enum sh_page_state {
 
 struct sh_page {
     /* state:4 class:7 owner:10 incarnation:15 npages:28. Of a FREE span L: heap; of any other W:
-     * owner, or the coordinator under the owner's slot mutex, in one store. */
+     * owner, or the coordinator under the owner's process lock, in one store. */
     _Atomic uint64_t span;
     /* FREE and orphans: next:32 prev:32 in a circular list (L: heap). LARGE: bytes asked for. */
     _Atomic uint64_t link;
@@ -138,7 +140,7 @@ static_assert(sizeof(struct sh_page) == 32, "records are packed");
 
 /* A unit: an OS page of the data area. state:2 dirty:1 stamp:29. Written only by whoever holds its
  * span RESERVED or RELEASING; inside a SMALL span by the owner or the coordinator, each under the
- * owner's slot mutex, or, from RESERVED to COMMITTED and from RELEASING to RELEASED, by whom the
+ * owner's process lock, or, from RESERVED to COMMITTED and from RELEASING to RELEASED, by whom the
  * first half of that step made its keeper. All zero: never touched. */
 enum sh_unit_state { SH_UNIT_RELEASED, SH_UNIT_COMMITTED, SH_UNIT_RESERVED, SH_UNIT_RELEASING };
 

@@ -72,24 +72,59 @@ static int acquire(pthread_mutex_t *m, int wait_ms)
     return pthread_mutex_clocklock(m, CLOCK_MONOTONIC, &t);
 }
 
-/* A process lock. Its dead holder leaves nothing to repair. */
-enum sh_status sh_mutex(pthread_mutex_t *m, int wait_ms)
+/* Process locks. Only the process itself and the coordinator take one, so it is nearly always free;
+ * one word, because a pthread mutex would be a third of the cost of an allocation (measured, see
+ * docs/explanation/locks.md). Whoever waits for a holder that has lost its liveness lock, or that has
+ * been followed by another incarnation, takes over (I-8). */
+
+#define SPINS     200
+#define NAP_NS    20000
+#define PROBE_NAPS 16 /* naps between two looks whether the holder lives */
+
+static bool holder_is_dead(struct sh_ctx *c, uint64_t holder)
 {
-    int rc = acquire(m, wait_ms);
-    if (rc == EOWNERDEAD) {
-        pthread_mutex_consistent(m);
-        rc = 0;
+    uint32_t slot = SH_SPAN_SLOT(holder);
+    uint64_t now = SH_OWNER(slot, atomic_load_explicit(&sh_slot(c, slot)->incarnation, ACQ));
+    return SH_SPAN_OWNER(holder) != now || !sh_alive(c, slot);
+}
+
+static bool take_word(_Atomic uint64_t *lock, uint64_t from, uint64_t me)
+{
+    return atomic_compare_exchange_strong_explicit(lock, &from, me, ACQ, RLX);
+}
+
+static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me, int wait_ms)
+{
+    uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
+    for (uint32_t i = 1;; i++) {
+        for (int spin = 0; spin < SPINS; spin++) {
+            if (atomic_load_explicit(lock, RLX) == 0 && take_word(lock, 0, me))
+                return true;
+            sh_os_pause();
+        }
+        uint64_t holder = atomic_load_explicit(lock, ACQ);
+        if (i % PROBE_NAPS == 1 && holder != 0 && holder != me && holder_is_dead(c, holder) &&
+            take_word(lock, holder, me))
+            return true;
+        if (sh_os_now_ns() >= until)
+            return false;
+        sh_os_nap(NAP_NS);
     }
-    if (rc != 0)
-        return rc == EBUSY || rc == ETIMEDOUT ? SH_BUSY : SH_CORRUPT;
+}
+
+enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
+{
+    uint64_t me = c->owner | 1;
+    if (!take_word(&s->lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms)))
+        return SH_BUSY;
     rank_taken(SH_RANK_PROCESS);
     return SH_OK;
 }
 
-void sh_mutex_unlock(pthread_mutex_t *m)
+void sh_process_unlock(struct sh_slot *s)
 {
     rank_left(SH_RANK_PROCESS);
-    pthread_mutex_unlock(m);
+    atomic_store_explicit(&s->lock, 0, REL);
 }
 
 /* Only words that operations log may be restored: a bad log must not write anywhere else. */
@@ -164,17 +199,17 @@ void sh_poison(struct sh_ctx *c)
 /* The process lock: from reading the phase to the last step of an operation (rule 4). */
 enum sh_status sh_enter(struct sh_ctx *c, int wait_ms)
 {
-    return c->slot == NULL ? SH_CLOSED : sh_mutex(&c->slot->mutex, wait_ms);
+    return c->slot == NULL ? SH_CLOSED : sh_process_lock(c, c->slot, wait_ms);
 }
 
 void sh_leave(struct sh_ctx *c)
 {
-    sh_mutex_unlock(&c->slot->mutex);
+    sh_process_unlock(c->slot);
 }
 
 bool sh_alive(struct sh_ctx *c, uint32_t slot)
 {
-    return sh_os_byte_is_held(c->fd, sh_slot_byte(c, slot));
+    return sh_os_byte_is_held(c, sh_slot_byte(c, slot));
 }
 
 /* Something for the coordinator. The bell is rung for the first want only; c->ring says it is due. */

@@ -256,7 +256,7 @@ static enum sh_status end_span(struct sh_ctx *c, uint32_t page, uint64_t span)
     if (sh_hold_small(c, page, &span)) {
         given = sh_span_give_up(c, page, span, SH_RELEASING);
         if (given || SH_SPAN_STATE(sh_span(c, page)) != SH_SMALL)
-            sh_let_mutex(c, span);
+            sh_let_owner(c, span);
         else
             sh_let_small(c, page, span);
     }

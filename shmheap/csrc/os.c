@@ -142,10 +142,10 @@ void sh_os_let_go(void *held)
     munmap(held, (size_t)sysconf(_SC_PAGESIZE));
 }
 
-bool sh_os_byte_is_held(int fd, uint64_t byte)
+bool sh_os_byte_is_held(const struct sh_ctx *c, uint64_t byte)
 {
     struct flock l = lock_of_byte(byte);
-    if (fcntl(fd, F_OFD_GETLK, &l) != 0)
+    if (!fd_is_ours(c) || fcntl(c->fd, F_OFD_GETLK, &l) != 0)
         return true; /* cannot tell: nobody is declared dead on a guess */
     return l.l_type != F_UNLCK;
 }
@@ -175,9 +175,9 @@ void sh_os_wake(_Atomic uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }
 
-void sh_os_sleep_ms(int ms)
+void sh_os_nap(long ns)
 {
-    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+    struct timespec t = {.tv_nsec = ns};
     nanosleep(&t, NULL);
 }
 

@@ -2,7 +2,7 @@
  * The core's C interface. No Python here: the C tests and the crash tools run it alone, and threads
  * can play processes, because all state is in struct sh_ctx.
  *
- * A context is one process's use of one arena. Its private part is guarded by the mutex of its slot
+ * A context is one process's use of one arena. Its private part is guarded by the lock of its slot
  * (the "process lock"), so threads of a process may share it. Functions return one of enum sh_status.
  * `wait_ms`: how long to wait for a lock that another holds; 0 tries only. SH_BUSY means that the
  * operation changed nothing and may be repeated.

@@ -50,9 +50,9 @@ static enum sh_status register_slot(struct sh_ctx *c, uint32_t slot, int wait_ms
     } else if (slot != 0 && slot < used && atomic_load(&s->state) != SH_SLOT_FREE) {
         status = SH_CHANGED;
     } else {
-        for (; used <= slot; atomic_store(&c->hdr->slots_used, ++used))
-            sh_mutex_init(&sh_slot(c, used)->mutex);
         init_slot(c, s);
+        if (slot >= used)
+            atomic_store(&c->hdr->slots_used, slot + 1);
     }
     sh_unlock(c, &c->hdr->registry);
     return status;

@@ -1,0 +1,270 @@
+"""Processes that do what a test tells them, one step at a time, so that events have an order.
+
+    test                                   Worker's process
+    worker.do("alloc", "x", 100)  ---->    actions.alloc(kept, "x", 100)
+                                  <----    what it returned or raised
+
+What a step leaves behind stays in the process under a name (`kept`), until it is dropped or killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+import shmheap
+
+METHODS = ("fork", "spawn", "forkserver")
+PATIENCE_S = 60.0
+"""Bounds how long a broken test hangs, and decides no test's outcome."""
+
+Kept = dict[str, Any]
+
+
+class Worker:
+    """A process that serves steps until it is told to end, is killed, or its parent is gone.
+
+    Args:
+        method: how it is started: fork, spawn or forkserver.
+        kept: what it has at the start; under fork inherited, else pickled.
+    """
+
+    def __init__(self, method: str = "spawn", **kept: Any) -> None:
+        context = multiprocessing.get_context(method)
+        self.connection, there = context.Pipe()
+        self.process = context.Process(target=serve, args=(there, kept), daemon=True)
+        self.process.start()
+        there.close()
+
+    @property
+    def pid(self) -> int:
+        pid = self.process.pid
+        assert pid is not None
+        return pid
+
+    def start(self, action: str, *args: Any) -> None:
+        """Begin a step without waiting for its end: see `result`."""
+        self.connection.send((action, args))
+
+    def result(self) -> Any:
+        """What the step that was started returned; raises what it raised."""
+        if not self.connection.poll(PATIENCE_S):
+            raise TimeoutError("the worker does not answer")
+        failed, value = self.connection.recv()
+        if failed:
+            raise value
+        return value
+
+    def do(self, action: str, *args: Any) -> Any:
+        """One whole step."""
+        self.start(action, *args)
+        return self.result()
+
+    def end(self) -> None:
+        """Let it leave as a program does that comes to its end."""
+        self.connection.close()
+        self.process.join(PATIENCE_S)
+        assert self.process.exitcode is not None
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.join(PATIENCE_S)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.connection.close()
+        if self.process.is_alive():
+            self.process.join(PATIENCE_S)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(PATIENCE_S)
+        self.process.close()
+
+
+def serve(connection: Connection, kept: Kept) -> None:
+    """What a worker's process runs."""
+    try:
+        while True:
+            action, args = connection.recv()
+            try:
+                answer = (False, ACTIONS[action](kept, *args))
+            except Exception as error:
+                answer = (True, error)
+            connection.send(answer)
+            del args, answer
+    except (EOFError, ConnectionError):
+        kept.clear()
+        gc.collect()
+
+
+# Steps. Those that make a block or get one keep it under a name.
+
+
+def attach(kept: Kept, name: str) -> None:
+    kept["heap"] = shmheap.Heap.attach(name)
+
+
+def close(kept: Kept) -> None:
+    kept["heap"].close()
+
+
+def alloc(kept: Kept, key: str, nbytes: int) -> tuple[int, int]:
+    kept[key] = kept["heap"].alloc(nbytes)
+    return kept[key].offset, kept[key].generation
+
+
+def alloc_waiting(kept: Kept, key: str, nbytes: int, timeout: float | None) -> None:
+    kept[key] = kept["heap"].alloc(nbytes, timeout=timeout)
+
+
+def alloc_many(kept: Kept, key: str, count: int, nbytes: int) -> None:
+    kept[key] = [kept["heap"].alloc(nbytes) for _ in range(count)]
+
+
+def put(kept: Kept, key: str, data: bytes) -> None:
+    kept[key] = kept["heap"].put(data)
+
+
+def keep(kept: Kept, key: str, value: Any) -> None:
+    kept[key] = value
+
+
+def get(kept: Kept, key: str) -> Any:
+    return kept[key]
+
+
+def drop(kept: Kept, key: str) -> None:
+    del kept[key]
+
+
+def read(kept: Kept, key: str) -> bytes:
+    return bytes(kept[key])
+
+
+def write(kept: Kept, key: str, at: int, data: bytes) -> None:
+    kept[key][at : at + len(data)] = data
+
+
+def digest(kept: Kept, key: str) -> str:
+    return hashlib.sha256(kept[key]).hexdigest()
+
+
+def root_get(kept: Kept, key: str, name: str) -> None:
+    kept[key] = kept["heap"].roots[name]
+
+
+def root_set(kept: Kept, name: str, key: str) -> None:
+    kept["heap"].roots[name] = kept[key]
+
+
+def reduce(kept: Kept, key: str) -> tuple[Any, ...]:
+    """The parts of a pickled handle, with its lease, as plain values."""
+    _, handle = kept[key].__reduce__()
+    return tuple(handle)
+
+
+def rebuild(kept: Kept, key: str, handle: tuple[Any, ...]) -> None:
+    from shmheap.block import rebuild
+
+    kept[key] = rebuild(*handle)
+
+
+def stats(kept: Kept) -> shmheap.HeapStats:
+    return kept["heap"].stats()
+
+
+def check(kept: Kept) -> list[str]:
+    return kept["heap"]._check()
+
+
+def churn(kept: Kept, rounds: int, nbytes: int) -> int:
+    """Allocate, write, look, drop; returns how many blocks were not as they had been written."""
+    wrong = 0
+    for number in range(rounds):
+        block = kept["heap"].alloc(nbytes)
+        wrong += bytes(block) != bytes(nbytes)
+        pattern = bytes([number % 255 + 1]) * nbytes
+        block[:] = pattern
+        wrong += bytes(block) != pattern
+    return wrong
+
+
+def fork_raw(kept: Kept) -> list[str]:
+    """A fork that Python knows nothing of; says what the child got when it used the heap."""
+    reader, writer = os.pipe()
+    if ctypes.PyDLL(None).fork() == 0:
+        try:
+            said = [_attempt(lambda: kept["heap"].alloc(64)), _attempt(lambda: kept["block"][0])]
+            said += [_attempt(kept["block"].free), _attempt(kept["heap"].close)]
+            os.write(writer, "\n".join(said).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.wait()
+    with os.fdopen(reader, "rb") as said_by_child:
+        return said_by_child.read().decode().split("\n")
+
+
+def _attempt(action: Callable[[], object]) -> str:
+    try:
+        return f"returned {action()!r}".replace("\n", " ")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def fork_and_leave(kept: Kept) -> int:
+    """Fork a child that goes on serving when this process is gone; returns its pid."""
+    child = os.fork()
+    if child == 0:
+        kept["child"] = True
+    return child
+
+
+def die(_kept: Kept) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ACTIONS: dict[str, Callable[..., Any]] = {
+    action.__name__: action
+    for action in (
+        attach,
+        close,
+        alloc,
+        alloc_waiting,
+        alloc_many,
+        put,
+        keep,
+        get,
+        drop,
+        read,
+        write,
+        digest,
+        root_get,
+        root_set,
+        reduce,
+        rebuild,
+        stats,
+        check,
+        churn,
+        fork_raw,
+        fork_and_leave,
+        die,
+    )
+}
