@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from shmheap._core import HeapBase
 
-__all__ = ["Block", "Handle", "Lease", "rebuild"]
+__all__ = ["Block", "Handle", "Lease", "copy_bytes", "rebuild"]
 
 
 class Handle(NamedTuple):
@@ -60,6 +60,11 @@ def rebuild(*handle: object) -> Block:
     named = Handle(*handle)  # type: ignore[arg-type]
     heap = _find_heap[0](named.path, named.nonce)
     return heap._adopt(named.offset, named.generation, named.cell, named.number)
+
+
+def copy_bytes(block: Block, path: str, nonce: int) -> Block:
+    """Return a new block with the bytes of one that is in the heap of that path and nonce."""
+    return _find_heap[0](path, nonce).put(block)
 
 
 class Lease:

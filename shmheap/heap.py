@@ -33,7 +33,7 @@ import posix_ipc
 from shmheap import _core, arena, block
 from shmheap._core import Block, HeapBase
 from shmheap.config import Config, parse_size
-from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL
+from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WANT_MEMORY
 from shmheap.errors import (
     CoordinatorLost,
     HeapCorrupt,
@@ -41,6 +41,7 @@ from shmheap.errors import (
     HeapFull,
     HeapNotFound,
     StaleHandle,
+    UntrustedArena,
 )
 from shmheap.roots import Roots
 from shmheap.stats import GCReport, HeapStats, ScavengeReport
@@ -146,6 +147,7 @@ class Heap(HeapBase):
         bell = _Bell(path)
         try:
             if not heap._attach(fd, path, bell.ring):
+                _finish_closing(fd, path)
                 return None
         finally:
             os.close(fd)
@@ -173,21 +175,27 @@ class Heap(HeapBase):
             raise self._full(nbytes, status)
         deadline = math.inf if timeout is None else time.monotonic() + float(timeout)
         self._reclaim()
-        self._waiting(1)
+        self._waiting(True)
         try:
-            refused = False
-            while True:
-                seen = self._freed()
-                found = self._alloc_once(nbytes, zero)
-                if isinstance(found, Block):
-                    return found
-                if refused:
-                    raise self._full(nbytes, found, waiting=True)
-                if time.monotonic() >= deadline:
-                    raise self._full(nbytes, found)
-                refused = not self._wait_memory(seen)
+            return self._alloc_or_wait(nbytes, zero, deadline)
         finally:
-            self._waiting(-1)
+            self._waiting(False)
+
+    def _alloc_or_wait(self, nbytes: int, zero: bool, deadline: float) -> Block:
+        """Try whenever memory came free; whoever is refused tries once more before it raises."""
+        told = -1
+        refused = False
+        while True:
+            seen = self._freed()
+            found = self._alloc_once(nbytes, zero)
+            if isinstance(found, Block):
+                return found
+            if refused or time.monotonic() >= deadline:
+                raise self._full(nbytes, found, waiting=refused)
+            refused = not self._wait_memory(seen)
+            if seen != told:  # once for each state of the heap: the coordinator looks what it can do
+                self._want(WANT_MEMORY)
+                told = seen
 
     def _reclaim(self) -> None:
         """Have the dead reaped, garbage collected and idle pages given back, once."""
@@ -368,7 +376,8 @@ def open(
             try:
                 return Heap.create(name, capacity=capacity, config=config)
             except FileExistsError:
-                continue  # somebody else was faster
+                time.sleep(0.001)  # somebody else was faster, or is about to remove an old one
+                continue
         _require_same(heap, capacity, config)
         return heap
 
@@ -387,16 +396,16 @@ def _require_same(heap: Heap, capacity: int | str | None, config: Config | None)
 def unlink(name: str, *, directory: str | None = None) -> None:
     """Remove a heap's name: nobody attaches any more, and it goes with its last user.
 
-    Raises HeapNotFound if there is none, UntrustedArena if it is not this user's.
+    Raises HeapNotFound if there is none, UntrustedArena if it is another user's.
     """
+    path = arena.file_path(name, directory)
+    fd, _ = arena.open_arena(path, read_only=True)
+    os.close(fd)
     try:
         with Heap.attach(name, directory=directory) as heap:
             heap.unlink()
-    except UnusableHeap:
-        _unlink_path(arena.file_path(name, directory), None)
-
-
-UnusableHeap = (ValueError,)
+    except UntrustedArena:
+        os.unlink(path)  # this user's, and no heap that this version can use
 
 
 def _unlink_path(path: str, nonce: int | None) -> None:
@@ -405,6 +414,13 @@ def _unlink_path(path: str, nonce: int | None) -> None:
             os.unlink(path)
     except FileNotFoundError:
         return
+
+
+def _finish_closing(fd: int, path: str) -> None:
+    """A heap that closes for ever: its coordinator removes it, or if that died, whoever sees it."""
+    seen = _core.Observer(fd)
+    if not seen.header()["coordinator_alive"]:
+        _unlink_path(path, seen.nonce)
 
 
 def _is_still(path: str, nonce: int) -> bool:

@@ -51,6 +51,11 @@ class Roots(MutableMapping[str, Block]):
     def __len__(self) -> int:
         return len(self._heap._root_names())
 
+    def clear(self) -> None:
+        """Delete the names that there are now. Cost: that of deleting each."""
+        for name in self:
+            self.pop(name, None)
+
     def __repr__(self) -> str:
         return f"<shmheap.Roots: {', '.join(map(repr, self)) or 'none'}>"
 

@@ -400,7 +400,7 @@ void sh_block_freed(struct sh_ctx *c, const struct sh_ref *r)
         sh_bump(&c->slot->frees, 1);
         sh_bump(&c->slot->freed_bytes, r->nbytes);
     }
-    if (atomic_load_explicit(&c->hdr->waiters, RLX) != 0)
+    if (atomic_load_explicit(&c->hdr->waiters, memory_order_seq_cst) != 0)
         c->ring_waiters = true;
 }
 
@@ -414,28 +414,33 @@ enum sh_status sh_after_free(struct sh_ctx *c)
     return c->ndeferred == 0 || sh_flush(c, 0) == SH_OK ? SH_OK : SH_DEFERRED;
 }
 
+static void defer_again(struct sh_ctx *c, const uint32_t *pages, uint32_t n)
+{
+    while (sh_enter(c, 1000) == SH_BUSY) {
+    }
+    for (uint32_t i = 0; i < n; i++)
+        sh_defer(c, pages[i]);
+    sh_leave(c);
+}
+
 /* Gives back the runs that were put aside under the process lock. */
 enum sh_status sh_flush(struct sh_ctx *c, int wait_ms)
 {
-    uint32_t pages[SH_DEFERRED_MAX], n;
-    enum sh_status status = sh_enter(c, wait_ms);
-    if (status != SH_OK)
-        return status;
-    n = c->ndeferred;
-    memcpy(pages, c->deferred, n * sizeof pages[0]);
-    c->ndeferred = 0;
-    sh_leave(c);
-    if (n == 0)
-        return SH_OK;
-    status = sh_pages_give(c, pages, n, wait_ms);
-    if (status != SH_BUSY)
-        return status;
-    while (sh_enter(c, 1000) == SH_BUSY) {
+    for (;;) {
+        uint32_t pages[SH_GIVE_MAX];
+        enum sh_status status = sh_enter(c, wait_ms);
+        if (status != SH_OK)
+            return status;
+        uint32_t n = sh_undefer(c, pages, SH_GIVE_MAX);
+        sh_leave(c);
+        if (n == 0)
+            return SH_OK;
+        status = sh_pages_give(c, pages, n, wait_ms);
+        if (status != SH_OK) {
+            defer_again(c, pages, n);
+            return status;
+        }
     }
-    for (uint32_t i = 0; i < n && c->ndeferred < SH_DEFERRED_MAX; i++)
-        sh_defer(c, pages[i]);
-    sh_leave(c);
-    return SH_BUSY;
 }
 
 /* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost: the
@@ -445,11 +450,6 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
     enum sh_status status = sh_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
-    if (c->ndeferred + 4 > SH_DEFERRED_MAX) { /* no room to put a run aside */
-        sh_leave(c);
-        status = sh_flush(c, wait_ms);
-        return status == SH_OK ? sh_unpin(c, r, wait_ms) : status;
-    }
     uint32_t phase = phase_of(c);
     if (sh_phase_of(phase) != SH_IDLE)
         sh_touch(r->word, r->gen, phase);
@@ -549,6 +549,8 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     uint64_t cell = SH_CELL(sh_word_number(c, r->word), seq);
     if (lease == NULL || atomic_load_explicit(&lease->cell, ACQ) != cell)
         return false;
+    if (!is_live(atomic_load_explicit(r->word, ACQ), r->gen))
+        return false; /* another block's lease, whose number came round to this one's */
     sh_touch(r->word, r->gen, phase);
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
         return false;
@@ -615,19 +617,28 @@ enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t cell_
 
 /* Waiting (rule 16) */
 
+/* A thread begins or ends to wait for memory. Begins: before it reads hdr.freed and tries again. */
+void sh_waiting(struct sh_ctx *c, bool begins)
+{
+    if (begins) {
+        if (atomic_fetch_add(&c->slot->waiting, 1) == 0)
+            atomic_store(&c->slot->refused, 0);
+        atomic_fetch_add(&c->hdr->waiters, 1);
+    } else {
+        atomic_fetch_sub(&c->hdr->waiters, 1);
+        atomic_fetch_sub(&c->slot->waiting, 1);
+    }
+}
+
 /* Sleeps until memory was freed after `seen` was read from hdr.freed. SH_OK: try again. SH_REFUSED:
- * nobody can free any. The caller has registered itself in hdr.waiters before reading. */
+ * nobody can free any. */
 enum sh_status sh_wait_memory(struct sh_ctx *c, uint32_t seen, int wait_ms)
 {
-    struct sh_slot *slot = c->slot;
-    atomic_store(&slot->wait_seen, seen);
-    atomic_fetch_add(&slot->waiting, 1);
-    sh_want(c, SH_WANT_MEMORY);
+    atomic_store(&c->slot->wait_seen, seen);
     int error = 0;
-    if (atomic_load(&slot->refused) != seen + 1)
+    if (atomic_load(&c->slot->refused) != seen + 1)
         error = sh_os_wait(&c->hdr->freed, seen, wait_ms);
-    atomic_fetch_sub(&slot->waiting, 1);
-    if (atomic_load(&slot->refused) == seen + 1)
+    if (atomic_load(&c->slot->refused) == seen + 1)
         return SH_REFUSED;
     return error == 0 ? SH_OK : SH_TIMEOUT;
 }

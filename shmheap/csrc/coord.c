@@ -76,9 +76,12 @@ uint64_t sh_heap_objects(const struct sh_ctx *c)
 enum sh_status sh_give_all(struct sh_ctx *c)
 {
     enum sh_status status = SH_OK;
-    if (c->ndeferred != 0)
-        status = sh_pages_give(c, c->deferred, c->ndeferred, PATIENCE_MS);
-    c->ndeferred = 0;
+    while (c->ndeferred != 0 && status == SH_OK) {
+        uint32_t pages[SH_GIVE_MAX], n = sh_undefer(c, pages, SH_GIVE_MAX);
+        status = sh_pages_give(c, pages, n, PATIENCE_MS);
+        for (uint32_t i = 0; status != SH_OK && i < n; i++)
+            sh_defer(c, pages[i]);
+    }
     return status;
 }
 

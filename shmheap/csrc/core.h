@@ -217,7 +217,9 @@ void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic 
 void sh_span_keep_generations(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_is_empty(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_give_up(struct sh_ctx *, uint32_t page, uint64_t span, uint32_t state);
-void sh_defer(struct sh_ctx *, uint32_t page);
+void sh_defer(struct sh_ctx *, uint32_t page);                                   /* locked */
+uint32_t sh_undefer(struct sh_ctx *, uint32_t *pages, uint32_t at_most);         /* locked */
+#define SH_GIVE_MAX 64u /* runs given back in one section under the heap lock */
 void sh_hint_remote(struct sh_ctx *, uint32_t page, uint64_t span);
 void sh_block_units(const struct sh_ctx *, uint32_t kind, uint32_t index, uint32_t *first, uint32_t *last);
 

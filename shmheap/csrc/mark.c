@@ -271,7 +271,7 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
         sweep_word(c, &words[i], s);
     if (SH_SPAN_STATE(span) == SH_LARGE)
         suspect(c, page, span, s);
-    if (c->ndeferred > SH_DEFERRED_MAX / 2 && sh_give_all(c) != SH_OK)
+    if (c->ndeferred >= SH_GIVE_MAX && sh_give_all(c) != SH_OK)
         return SH_BUSY;
     if (SH_SPAN_STATE(span) != SH_SMALL || n == 0 || sh_span(c, page) != span)
         return SH_OK;

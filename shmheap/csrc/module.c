@@ -36,7 +36,7 @@ struct box {
 typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
-    PyObject *rebuild, *lease_type; /* of shmheap.block */
+    PyObject *rebuild, *lease_type, *copy_bytes; /* of shmheap.block */
     struct box *boxes; /* those that a fork must take along */
     PyObject *spare[64]; /* memory of dead Block objects */
     int nspare;
@@ -411,8 +411,9 @@ static bool load_python_side(void)
         return false;
     state->rebuild = PyObject_GetAttrString(m, "rebuild");
     state->lease_type = PyObject_GetAttrString(m, "Lease");
+    state->copy_bytes = PyObject_GetAttrString(m, "copy_bytes");
     Py_DECREF(m);
-    return state->rebuild != NULL && state->lease_type != NULL;
+    return state->rebuild != NULL && state->lease_type != NULL && state->copy_bytes != NULL;
 }
 
 static PyObject *block_reduce(Block *self, PyObject *unused)
@@ -452,6 +453,15 @@ static PyObject *block_copy(Block *self, PyObject *unused)
     return PyErr_Occurred() ? NULL : fail(b, s);
 }
 
+static PyObject *block_deepcopy(Block *self, PyObject *memo)
+{
+    (void)memo; /* copy.deepcopy enters the copy there itself */
+    if (!block_usable(self) || !box_usable(self->box) || !load_python_side())
+        return NULL;
+    return PyObject_CallFunction(state->copy_bytes, "OOK", (PyObject *)self, self->box->path,
+                                 (unsigned long long)self->box->ctx.hdr->nonce);
+}
+
 static PyObject *block_richcompare(PyObject *x, PyObject *y, int op)
 {
     if ((op != Py_EQ && op != Py_NE) || Py_TYPE(x) != Py_TYPE(y))
@@ -481,6 +491,7 @@ static PyMethodDef block_methods[] = {
      "Pickling a Block makes one by itself. Cost: the process lock."},
     {"__reduce__", (PyCFunction)block_reduce, METH_NOARGS, "Pickle as a handle, with a lease."},
     {"__copy__", (PyCFunction)block_copy, METH_NOARGS, "Another handle of the same block."},
+    {"__deepcopy__", (PyCFunction)block_deepcopy, METH_O, "A new block with a copy of the bytes."},
     {"__bytes__", (PyCFunction)block_bytes, METH_NOARGS, "A copy of the bytes."},
     {NULL, NULL, 0, NULL}};
 
@@ -1024,13 +1035,14 @@ static PyObject *heap_freed(Heap *self, PyObject *unused)
     return box_usable(self->box) ? PyLong_FromUnsignedLong(atomic_load(&self->box->ctx.hdr->freed)) : NULL;
 }
 
+/* _waiting(begins) */
 static PyObject *heap_waiting(Heap *self, PyObject *args)
 {
-    int delta;
-    if (!PyArg_ParseTuple(args, "i:_waiting", &delta))
+    int begins;
+    if (!PyArg_ParseTuple(args, "p:_waiting", &begins))
         return NULL;
     if (self->box != NULL && self->box->attached)
-        atomic_fetch_add(&self->box->ctx.hdr->waiters, (uint32_t)delta);
+        sh_waiting(&self->box->ctx, begins != 0);
     Py_RETURN_NONE;
 }
 
@@ -1042,9 +1054,6 @@ static PyObject *heap_wait_memory(Heap *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "I:_wait_memory", &seen) || !box_usable(self->box))
         return NULL;
     struct box *b = self->box;
-    sh_want(&b->ctx, SH_WANT_MEMORY);
-    if (ring(b) != 0)
-        return NULL;
     WAITING(b, s, sh_wait_memory(&b->ctx, seen, SLICE_MS));
     if (PyErr_CheckSignals() != 0)
         return NULL;

@@ -382,9 +382,9 @@ void sh_tell_waiters(struct sh_ctx *c)
 /* Gives back runs that are RESERVED or RELEASING by us. The counting is done before the lock. */
 enum sh_status sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n, int wait_ms)
 {
-    uint64_t released[SH_DEFERRED_MAX];
-    for (uint32_t from = 0; from < n; from += SH_DEFERRED_MAX) {
-        uint32_t some = n - from < SH_DEFERRED_MAX ? n - from : SH_DEFERRED_MAX;
+    uint64_t released[SH_GIVE_MAX];
+    for (uint32_t from = 0; from < n; from += SH_GIVE_MAX) {
+        uint32_t some = n - from < SH_GIVE_MAX ? n - from : SH_GIVE_MAX;
         for (uint32_t i = 0; i < some; i++) {
             uint64_t units = (uint64_t)SH_SPAN_NPAGES(sh_span(c, pages[from + i])) * sh_units_per_page(c);
             released[i] = sh_units_released(c, sh_unit_of_page(c, pages[from + i]), units);

@@ -69,8 +69,6 @@ struct sh_kind {
     uint32_t size, npages, nblocks, tier;
 };
 
-#define SH_DEFERRED_MAX 64
-
 struct sh_ctx {
     uint8_t *base;
     struct sh_header *hdr;
@@ -87,8 +85,8 @@ struct sh_ctx {
     struct sh_shelf shelves[SH_NKINDS];
     struct sh_pspan **pin_spans; /* by number; private, sparse: see sh_pin_cell */
     uint32_t npin_spans;
-    uint32_t deferred[SH_DEFERRED_MAX]; /* spans RESERVED by us that wait for the heap lock */
-    uint32_t ndeferred;
+    uint32_t deferred;  /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
+    uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
     uint32_t held; /* locks held, by rank; debug builds */
     bool ring_waiters; /* something was freed while others wait for memory */
@@ -146,6 +144,7 @@ enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t cell_o
                              int wait_ms);
 enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
                         uint32_t seq, int wait_ms, struct sh_ref *);
+void sh_waiting(struct sh_ctx *, bool begins);
 enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
 uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);
 

@@ -302,10 +302,22 @@ bool sh_span_give_up(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t st
     return state != SH_RETIRED;
 }
 
+/* A run that is RESERVED by us is put aside until we may take the heap lock. */
 void sh_defer(struct sh_ctx *c, uint32_t page)
 {
-    assert(c->ndeferred < SH_DEFERRED_MAX);
-    c->deferred[c->ndeferred++] = page;
+    atomic_store_explicit(&sh_page(c, page)->link, c->deferred, RLX);
+    c->deferred = page;
+    c->ndeferred++;
+}
+
+uint32_t sh_undefer(struct sh_ctx *c, uint32_t *pages, uint32_t at_most)
+{
+    uint32_t n = 0;
+    for (; n < at_most && c->ndeferred != 0; c->ndeferred--) {
+        pages[n++] = c->deferred;
+        c->deferred = (uint32_t)atomic_load_explicit(&sh_page(c, c->deferred)->link, RLX);
+    }
+    return n;
 }
 
 /* Somebody freed a block of a span that is not theirs: the owner finds it at its next refill. */

@@ -578,8 +578,8 @@ init {
     :: START(1) -> sp[0]=LARGE; DATA(0); LIVE_WORD(0,2); pin[0]=0; pin[1]=0; wire=0; onlist[1]=1; wpunched[1]=1  /* two pins */
     :: START(2) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0          /* worker 0's span, 1 holds a block of it */
     :: START(3) -> SMALL_SPAN(0); DATA(0); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE       /* the same, unit 1 a hole */
-    :: START(4) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0; st[1]=HOLE  /* unit 1 only set aside */
-    :: START(5) -> SMALL_SPAN(NONE); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0       /* an orphan */
+    :: START(4) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* unit 1 only set aside */
+    :: START(5) -> SMALL_SPAN(NONE); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* an orphan of that kind */
     :: START(6) -> sp[0]=LARGE; sp[1]=INNER; DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0; wire=0   /* a large block of two pages */
     fi
   };

@@ -1,0 +1,166 @@
+"""Named roots: blocks that live because they have a name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, MutableMapping
+
+import pytest
+from by_hand import HeapByHand
+
+from shmheap import Heap, HeapError, Roots
+
+
+@pytest.fixture
+def hand(heap_name: str) -> Iterator[HeapByHand]:
+    with HeapByHand(heap_name) as hand:
+        yield hand
+        hand.assert_sound()
+
+
+@pytest.fixture
+def heap(hand: HeapByHand) -> Heap:
+    return hand.heap
+
+
+def test_roots_are_a_mapping(heap: Heap) -> None:
+    roots = heap.roots
+    assert isinstance(roots, MutableMapping)
+    assert list(roots) == []
+    assert len(roots) == 0
+    assert not roots
+    roots["a"] = block = heap.put(b"abc")
+    assert roots["a"] == block
+    assert "a" in roots
+    assert "b" not in roots
+    assert list(roots) == ["a"]
+    assert roots.get("b") is None
+    assert "'a'" in repr(roots)
+    del roots["a"]
+    assert len(roots) == 0
+    assert isinstance(roots, Roots)
+
+
+def test_missing_names_are_key_errors(heap: Heap) -> None:
+    with pytest.raises(KeyError):
+        heap.roots["a"]
+    with pytest.raises(KeyError):
+        del heap.roots["a"]
+    with pytest.raises(KeyError):
+        heap.roots.pop("a")
+
+
+def test_a_root_keeps_its_block(hand: HeapByHand) -> None:
+    hand.heap.roots["a"] = hand.heap.put(b"abc")
+    hand.heap.roots["large"] = hand.heap.alloc(1 << 20)
+    hand.collect()
+    hand.release()
+    assert bytes(hand.heap.roots["a"]) == b"abc"
+    assert hand.stats.heap_objects == 2
+    del hand.heap.roots["a"]
+    hand.heap.roots.clear()
+    assert hand.stats.heap_objects == 0
+
+
+def test_a_new_block_for_a_name_frees_the_old_one(hand: HeapByHand) -> None:
+    roots = hand.heap.roots
+    for number in range(5):
+        roots["a"] = hand.heap.put(bytes([number]) * 50_000)
+        assert hand.stats.heap_objects == 1
+    held = roots["a"]
+    roots["a"] = roots["a"]
+    assert roots.pop("a") == held
+    assert hand.stats.heap_objects == 1
+    del held
+    assert hand.stats.heap_objects == 0
+
+
+def test_one_block_under_many_names(hand: HeapByHand) -> None:
+    roots, block = hand.heap.roots, hand.heap.put(b"abc")
+    for number in range(100):
+        roots[f"name {number}"] = block
+    del block
+    for number in range(99):
+        del roots[f"name {number}"]
+    hand.collect()
+    assert bytes(roots["name 99"]) == b"abc"
+
+
+def test_thousands_of_names(hand: HeapByHand) -> None:
+    roots = hand.heap.roots
+    names = [f"número {number} {'x' * (number % 200)}" for number in range(5000)]
+    for name in names:
+        roots[name] = hand.heap.put(name.encode())
+    assert sorted(roots) == sorted(names)
+    assert len(roots) == 5000
+    assert all(bytes(roots[name]) == name.encode() for name in names)
+    for name in names[::2]:
+        del roots[name]
+    assert sorted(roots) == sorted(names[1::2])
+    for name in names[::4]:
+        roots[name] = hand.heap.put(b"again")
+    assert len(roots) == 2500 + 1250
+    assert all(bytes(roots[name]) == name.encode() for name in names[1::2])
+    roots.clear()
+    assert hand.stats.heap_objects == 0
+
+
+@pytest.mark.parametrize("name", ["x", "é" * 112, "x" * 224, "a b/c\0d\n", "\U0001f600"])
+def test_names_are_any_text(heap: Heap, name: str) -> None:
+    heap.roots[name] = heap.put(b"abc")
+    assert list(heap.roots) == [name]
+    assert bytes(heap.roots[name]) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("", ValueError), ("x" * 225, ValueError), ("é" * 113, ValueError), (b"x", TypeError)],
+)
+def test_bad_names(heap: Heap, name: str, error: type[Exception]) -> None:
+    block = heap.put(b"abc")
+    with pytest.raises(error):
+        heap.roots[name] = block
+    with pytest.raises(error):
+        del heap.roots[name]
+    assert len(heap.roots) == 0
+
+
+def test_only_blocks_of_this_heap_can_be_roots(
+    hand: HeapByHand, heap_name: str, new_heap_name: object
+) -> None:
+    with HeapByHand(f"{heap_name}-other") as other:
+        block = other.heap.put(b"abc")
+        with pytest.raises(ValueError, match="another heap"):
+            hand.heap.roots["a"] = block
+        with pytest.raises(TypeError, match=r"heap\.put"):
+            hand.heap.roots["a"] = b"abc"  # type: ignore[assignment]
+        assert len(hand.heap.roots) == 0
+
+
+def test_deleting_while_iterating(heap: Heap) -> None:
+    for name in "abcdef":
+        heap.roots[name] = heap.put(b"x")
+    for name in heap.roots:
+        del heap.roots[name]
+    assert len(heap.roots) == 0
+
+
+def test_a_root_can_be_pickled_on(hand: HeapByHand) -> None:
+    hand.heap.roots["a"] = hand.heap.put(b"abc")
+    data = pickle.dumps(hand.heap.roots["a"])
+    del hand.heap.roots["a"]
+    hand.collect()
+    assert bytes(pickle.loads(data)) == b"abc"
+
+
+def test_there_is_a_largest_number_of_names(hand: HeapByHand) -> None:
+    block, roots = hand.heap.put(b"abc"), hand.heap.roots
+    for number in range(65536):
+        roots[str(number)] = block
+    with pytest.raises(HeapError, match="65536 named roots"):
+        roots["one more"] = block
+    roots["7"] = block
+    del roots["8"]
+    roots["one more"] = block
+    assert len(roots) == 65536
+    assert bytes(roots["65535"]) == b"abc"

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Measure shmheap beside its peers: costs in one run and as ratios, memory by an outside witness.
+
+    bench.py alloc [--json] [--quick] [--plot FILE.png]
+    bench.py memory [--json] [--quick] [--plot FILE.png]
+
+What each command measures and how to read it: docs/reference/bench.md. A benchmark is not a test:
+the exit status says whether it ran, not whether the figures are good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))  # also under python -P
+
+import bench_alloc
+import bench_common
+import bench_memory
+
+COMMANDS: dict[str, bench_common.Command] = {
+    "alloc": bench_alloc.Alloc(),
+    "memory": bench_memory.Memory(),
+}
+"""A further command is a line here and a module in tools/bench/."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    command = COMMANDS[args.command]
+    machine = bench_common.machine()
+    result = command.run(quick=args.quick)
+    if args.json:
+        print(json.dumps({"command": args.command, "machine": machine, **result}))
+    else:
+        bench_common.show_machine(machine)
+        command.show(result)
+    if args.plot:
+        command.plot(result, args.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.summary, description=command.summary)
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        sub.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
+        sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
