@@ -13,7 +13,7 @@ __all__ = ["Load", "find_files", "plan_load"]
 
 LEAST_BYTES = 256 << 20
 SHARE = 4
-"""At most one part in so many of what the file system has free: results need room, and others do."""
+"""At most one part in so many of what is free: results need room, and so do others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,10 @@ class Load:
 
     def __str__(self) -> str:
         counts = [count for _, count in self.copies]
-        times = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        least, most = min(counts), max(counts)
+        times = f"{most} times over" if least == most else f"{least} or {most} times over"
         return (
-            f"{len(counts):,} files, {times} times over: {self.blocks:,} blocks, "
+            f"{len(counts):,} files, {times}: {self.blocks:,} blocks, "
             f"{size(self.nbytes)} (a quarter of what is free would be {size(self.limit_bytes)})"
         )
 

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 __all__ = ["print_json", "print_pairs", "print_table", "size", "table"]
+
+WIDE = 1000
 
 
 def size(nbytes: float) -> str:
@@ -30,7 +32,8 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
     """A table; the first column is text, the others are numbers."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if i else "left", vertical="bottom")
+        justify: JustifyMethod = "right" if i else "left"
+        made.add_column(heading, justify=justify, vertical="bottom", overflow="fold")
     for row in rows:
         made.add_row(*map(str, row))
     return made
@@ -38,7 +41,7 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table on stdout."""
-    Console(highlight=False, markup=False).print(table(headings, rows))
+    _console().print(table(headings, rows))
 
 
 def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
@@ -46,4 +49,12 @@ def print_pairs(pairs: Iterable[tuple[str, object]]) -> None:
     made = Table.grid(padding=(0, 2))
     for name, value in pairs:
         made.add_row(name, str(value))
-    Console(highlight=False, markup=False).print(made)
+    _console().print(made)
+
+
+def _console() -> Console:
+    """stdout; where it is no terminal, a program or a file takes lines of any length."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console

@@ -167,6 +167,9 @@ class Steward(Protocol):
     def end_cycle(self, next_gc_bytes: int, forced: bool, pause_ns: int, /) -> int:
         """Record the cycle (last_gc, num_gc, pauses with its own), go IDLE. Return its pause."""
 
+    def set_next_gc(self, nbytes: int, /) -> None:
+        """Say at which heap_alloc the first collection is due."""
+
     # Scavenging
 
     def release(self, stamp_le: int, max_bytes: int, /) -> tuple[int, int, bool]:

@@ -109,6 +109,7 @@ class Coordinator:
         self._next_tick_ns = pacing.next_tick_ns(self._started_ns, config)
         self._dead_bytes = self._lease_bytes = 0  # reaped since the last collection
         self._look_again = False  # memory was found for who waits, who may still be waiting
+        self._stalled = False  # a process was stopped inside an operation, so a phase could not end
         self._warned = False
         self._stopping = False
 
@@ -129,7 +130,7 @@ class Coordinator:
         return pacing.wait_s(
             self._clock.monotonic_ns(),
             [self._next_tick_ns, *self._reaper.dues_ns],
-            soon=self._reaper.soon or self._look_again,
+            soon=self._reaper.soon or self._look_again or self._stalled,
         )
 
     def turn(self, exited: Collection[SlotKey] = ()) -> Outcome:
@@ -139,8 +140,7 @@ class Coordinator:
         reaped = self._reap(exited)
         stats = HeapStats(**self._steward.stats())
         plan = pacing.plan(self._seen(wants, tickets, stats, reaped), self._config)
-        gc = self._collect(plan)
-        scavenged = self._scavenge(plan, stats.committed_bytes)
+        gc, scavenged = self._collect_and_scavenge(plan, stats.committed_bytes)
         self._look_again = plan.short and self._serve_waiters(reaped, gc, scavenged)
         self._answer(tickets, gc, scavenged)
         self._tell(plan, scavenged, stats)
@@ -171,6 +171,19 @@ class Coordinator:
             asked_aged=tickets[ASK_SCAVENGE_AGED] > 0,
             asked_all=tickets[ASK_SCAVENGE_ALL] > 0,
         )
+
+    def _collect_and_scavenge(
+        self, plan: Plan, held_bytes: int
+    ) -> tuple[GCReport | None, ScavengeReport | None]:
+        """Do what is planned. A stopped process stalls it: what was asked for stays asked for."""
+        self._stalled = False
+        try:
+            gc = self._collect(plan)
+            return gc, self._scavenge(plan, held_bytes)
+        except TimeoutError as error:
+            self._stalled = True
+            self._log.warning("stalled: %s", error)
+            return None, None
 
     def _collect(self, plan: Plan) -> GCReport | None:
         if plan.collect is None:

@@ -34,6 +34,7 @@ from shmheap import _core
 from shmheap.arena import bell_name, open_arena
 from shmheap.config import Config
 from shmheap.coordinator.loop import Coordinator, Outcome
+from shmheap.coordinator.pacing import next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.trace import Trace
 
@@ -109,6 +110,8 @@ def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: boo
     trace = Trace(sys.stderr if config.trace or _environment_says_trace() else None)
     with doorbell(bell_name(steward.nonce)) as bell_fd:
         watcher = Watcher(bell_fd)
+        if steward.stats()["num_gc"] == 0:
+            steward.set_next_gc(next_gc_bytes(0, config.gc_percent))
         coordinator = Coordinator(steward, config, time, watcher, trace, log, linger=linger)
 
         def stop(_signal: int, _frame: FrameType | None) -> None:

@@ -98,7 +98,7 @@ enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t lim
         config_bytes > SH_CONFIG_BYTES)
         return SH_SYSTEM;
     sh_geometry(&c.geo, capacity, page_shift, unit_shift);
-    if (ftruncate(fd, (off_t)c.geo.end) != 0 || fstat(fd, &st) != 0)
+    if (sh_os_resize(fd, c.geo.end) != 0 || fstat(fd, &st) != 0)
         return SH_SYSTEM;
     c.dev = st.st_dev;
     c.ino = st.st_ino;

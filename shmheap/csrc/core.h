@@ -115,6 +115,7 @@ static inline void sh_bump(_Atomic uint64_t *counter, uint64_t n)
 }
 
 /* os.c: the only mmap, madvise, fallocate, futex and fork */
+int sh_os_resize(int fd, uint64_t bytes); /* 0, or -1 and errno */
 void *sh_os_map(int fd, uint64_t bytes, bool writable);
 void sh_os_unmap(void *at, uint64_t bytes);
 void *sh_os_private(uint64_t bytes);
@@ -162,6 +163,7 @@ static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint6
     l->log[n].old = atomic_load_explicit(at, RLX);
     atomic_store_explicit(&l->len, n + 1, REL);
     atomic_signal_fence(memory_order_seq_cst);
+    SH_CRASH("log:entry");
     atomic_store_explicit(at, value, REL);
 }
 

@@ -151,6 +151,7 @@ static bool roll_back(struct sh_ctx *c, struct sh_lock *l)
         if (!may_be_logged(c, off))
             return false;
         atomic_store_explicit((_Atomic uint64_t *)(c->base + off), l->log[i].old, REL);
+        SH_CRASH("log:undo");
     }
     sh_commit(l);
     return true;

@@ -1011,7 +1011,7 @@ static PyObject *heap_await(Heap *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iId:_await", &kind, &ticket, &timeout) || !box_usable(self->box))
         return NULL;
     struct box *b = self->box;
-    uint64_t until = sh_os_now_ns() + (uint64_t)(timeout * 1e9);
+    uint64_t until = timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
     do {
         WAITING(b, s, sh_await(&b->ctx, (enum sh_request)kind, ticket, SLICE_MS));
         if (PyErr_CheckSignals() != 0)
@@ -1453,6 +1453,17 @@ static PyObject *steward_set_limit(Heap *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
+{
+    unsigned long long bytes;
+    struct sh_ctx *c = &self->box->ctx;
+    if (!PyArg_ParseTuple(args, "K:set_next_gc", &bytes))
+        return NULL;
+    atomic_store(&c->hdr->next_gc, bytes);
+    atomic_store(&c->hdr->gc_trigger_pages, (bytes >> c->geo.page_shift) + 1);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef steward_methods[] = {
     {"begin", (PyCFunction)steward_begin, METH_NOARGS, NULL},
     {"now_stamp", (PyCFunction)steward_now_stamp, METH_NOARGS, NULL},
@@ -1477,6 +1488,7 @@ static PyMethodDef steward_methods[] = {
     {"check", (PyCFunction)steward_check, METH_NOARGS, NULL},
     {"unlinked", (PyCFunction)steward_unlinked, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)steward_set_limit, METH_VARARGS, NULL},
+    {"set_next_gc", (PyCFunction)steward_set_next_gc, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

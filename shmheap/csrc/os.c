@@ -20,6 +20,11 @@
 /* One fallocate of more would be rolled back whole when a signal or a full disk cuts it (I-5). */
 #define COMMIT_STEP (1ull << 20)
 
+int sh_os_resize(int fd, uint64_t bytes)
+{
+    return ftruncate(fd, (off_t)bytes);
+}
+
 void *sh_os_map(int fd, uint64_t bytes, bool writable)
 {
     int prot = writable ? PROT_READ | PROT_WRITE : PROT_READ;
@@ -217,7 +222,7 @@ int sh_os_spawn_detached(char *const argv[], const char *log_path)
 #ifdef SH_CRASH_POINTS
 #include <signal.h>
 #include <string.h>
-void sh_crash_point(const char *name)
+__attribute__((weak)) void sh_crash_point(const char *name) /* the C tests have their own */
 {
     const char *wanted = getenv("SHMHEAP_CRASH");
     if (wanted != NULL && strcmp(wanted, name) == 0)

@@ -157,6 +157,9 @@ class FakeSteward:
 
     nonce = 0xBE11
 
+    def set_next_gc(self, nbytes: int) -> None:
+        self.next_gc = nbytes
+
     def config(self) -> bytes:
         return self._config.to_json().encode()
 

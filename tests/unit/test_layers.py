@@ -49,7 +49,7 @@ C_FLOORS = (
     ("check",),
     ("module",),
 )
-C_HEADERS = {"layout.h", "shmheap.h", "size_classes.h"}
+C_HEADERS = {"layout.h", "shmheap.h", "core.h", "size_classes.h"}
 """Anybody's."""
 
 OS_CALLS = {"mmap", "munmap", "mremap", "madvise", "fallocate", "posix_fallocate", "ftruncate"}
@@ -116,9 +116,9 @@ def imports(package: Path, path: Path) -> Iterator[Import]:
     tree = ast.parse(path.read_text())
     nested = {
         node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
+        for later in ast.walk(tree)
+        if isinstance(later, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_types(later)
+        for node in ast.walk(later)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -130,6 +130,11 @@ def imports(package: Path, path: Path) -> Iterator[Import]:
             continue
         for module in modules:
             yield Import(path, module, node.lineno, node in nested)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`, whose body never runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def base_of(package: Path, path: Path, node: ast.ImportFrom) -> str:

@@ -84,7 +84,8 @@ class Case:
         return time.thread_time_ns() - start
 
     def calibrate(self, slice_ns: int) -> None:
-        """Choose `times` so that a slice takes about so long; warms up as well."""
+        """Choose `times` so that a slice takes about so long, after the first calls, which are slow."""
+        self.loop(self.call, self.n, 10)
         while (took := self.slice_ns()) < slice_ns / 2:
             self.times = max(self.times * 2, int(self.times * slice_ns / max(took, 1) / 2))
 

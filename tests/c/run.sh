@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Builds the core without Python, and the C tests, with gcc alone; runs them.
+#
+#     tests/c/run.sh [plain|asan|tsan] [TEST...]
+#
+# TEST is pages, blocks, threads or death (default: all). SH_TEST_SCALE=N makes the long ones N times
+# longer, SH_TEST_SEED=N starts them elsewhere. The last line is "N passed, M failed".
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+mode="${1:-plain}"
+shift || true
+tests=("$@")
+((${#tests[@]})) || tests=(pages blocks threads death)
+
+flags=(-std=gnu11 -D_GNU_SOURCE -DSH_DEBUG -DSH_CRASH_POINTS -g -O1 -Wall -Wextra -Wvla
+    -fno-omit-frame-pointer -pthread -Ishmheap/csrc)
+case "$mode" in
+plain) ;;
+asan) flags+=(-fsanitize=address,undefined -fno-sanitize-recover=all) ;;
+tsan) flags+=(-fsanitize=thread -fno-sanitize-recover=all) ;;
+*)
+    echo "usage: tests/c/run.sh [plain|asan|tsan] [pages|blocks|threads|death ...]" >&2
+    exit 2
+    ;;
+esac
+export ASAN_OPTIONS="detect_leaks=1:${ASAN_OPTIONS:-}"
+export TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1:${TSAN_OPTIONS:-}"
+export SH_TEST_MODE="$mode"
+
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+
+compile() { # SOURCE...: an object of each, two at a time
+    printf '%s\n' "$@" | xargs -P "$(nproc)" -I{} sh -c '
+        source=$1; shift
+        exec "${CC:-gcc}" "$@" -c "$source" -o "'"$work"'/$(basename "$source" .c).o"
+    ' compile {} "${flags[@]}"
+}
+
+core=()
+for source in shmheap/csrc/*.c; do
+    [[ $source == */module.c ]] || core+=("$source")
+done
+tests=("${tests[@]/#/test_}")
+compile "${core[@]}" tests/c/support.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
+
+passed=0 failed=0
+for test in "${tests[@]}"; do
+    "${CC:-gcc}" "${flags[@]}" -o "$work/$test" "$work/$test.o" "$work/support.o" \
+        $(printf "$work/%s.o\n" $(basename -s .c "${core[@]}"))
+    began=$SECONDS
+    "$work/$test" | tee "$work/out" || true
+    passed=$((passed + $(grep -c '^ok ' "$work/out" || true)))
+    failed=$((failed + $(grep -c '^FAILED ' "$work/out" || true)))
+    if ! grep -q '^end of ' "$work/out"; then # it did not come to its end
+        echo "FAILED $test"
+        failed=$((failed + 1))
+    fi
+    printf -- '-- %s (%s): %d s\n' "$test" "$mode" $((SECONDS - began))
+done
+printf '%d passed, %d failed\n' "$passed" "$failed"
+((failed == 0))
