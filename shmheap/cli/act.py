@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -18,9 +19,11 @@ from shmheap import _core, arena
 from shmheap.cli.look import live_pids, observed
 from shmheap.cli.show import print_json, print_pairs, size
 from shmheap.errors import HeapError, HeapNotFound
-from shmheap.heap import Heap, unlink
+from shmheap.heap import Heap
 
 __all__ = ["gc", "rm", "scavenge"]
+
+START_S = 10.0
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -97,8 +100,17 @@ def _remove(path: str, options: argparse.Namespace, name: str) -> list[int]:
         os.unlink(path)
         return []
     if users or not _remove_deserted(path, nonce):
-        unlink(name, directory=options.directory)
+        with Heap.attach(name, directory=options.directory) as heap:
+            _wait_for_coordinator(heap)
+            heap.unlink()
     return users
+
+
+def _wait_for_coordinator(heap: Heap) -> None:
+    """Wait until one that attaching had to start has opened the heap: it does so by its name."""
+    deadline_s = time.monotonic() + START_S
+    while not heap._coordinator_alive() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
 
 
 def _remove_deserted(path: str, nonce: int) -> bool:

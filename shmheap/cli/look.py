@@ -127,18 +127,31 @@ def _cells(row: HeapRow) -> tuple[object, ...]:
 
 
 def _unlinked(directory: str | None) -> Iterator[arena.ArenaFile]:
-    """Find heaps without a name through processes of this user that have them open."""
-    seen = set()
-    form = rf"{re.escape(directory or arena.DIRECTORY)}/{arena.PREFIX}\.(\d+)\.(.+) \(deleted\)"
+    """Find heaps without a name through processes of this user that have them open.
+
+    What a file was called is known of it where it was opened by that name. The process that made
+    the heap did not: there a number stands for it.
+    """
+    found: dict[tuple[int, int], tuple[str, str]] = {}
+    form = rf"{re.escape(directory or arena.DIRECTORY)}/({arena.PREFIX}\.\d+\..+|#\d+) \(deleted\)"
     for link, target in _open_files():
-        found = re.fullmatch(form, target, re.DOTALL)
-        if found is None:
+        named = re.fullmatch(form, target, re.DOTALL)
+        if named is None:
             continue
-        with suppress(OSError):  # closed meanwhile
+        with suppress(OSError, HeapError):  # closed meanwhile; or no heap at all
             status = os.stat(link)
-            if (status.st_dev, status.st_ino) not in seen:
-                seen.add((status.st_dev, status.st_ino))
-                yield arena.ArenaFile(found[2], int(found[1]), link)
+            if status.st_nlink == 0 and _is_heap(link):
+                file = (named[1].split(".", 2)[-1], link)
+                found[status.st_dev, status.st_ino] = max(
+                    file, found.get((status.st_dev, status.st_ino), file)
+                )
+    for name, link in sorted(found.values()):
+        yield arena.ArenaFile(name, os.geteuid(), link)
+
+
+def _is_heap(path: str) -> bool:
+    with observed(path):
+        return True
 
 
 def _open_files() -> Iterator[tuple[str, str]]:

@@ -10,9 +10,7 @@ import argparse
 import json
 import os
 
-import posix_ipc
-
-from shmheap import _core, arena
+from shmheap import arena
 from shmheap.config import Config, parse_size
 from shmheap.coordinator.process import is_detached
 from shmheap.coordinator.process import main as coordinate
@@ -28,8 +26,6 @@ def run(options: argparse.Namespace) -> int:
     foreground = not is_detached()
     made = foreground and _make(path, options)
     status = coordinate(path, foreground=foreground)
-    if made:
-        _remove_unused(path)
     if options.json:
         print(json.dumps({"name": name, "path": path, "made": made, "exit_status": status}))
     return status
@@ -48,19 +44,3 @@ def _make(path: str, options: argparse.Namespace) -> bool:
         return False
     return True
 
-
-def _remove_unused(path: str) -> None:
-    """Remove a heap that was made here and that nobody uses; what is in use stays."""
-    try:
-        fd, _ = arena.open_arena(path)
-    except FileNotFoundError:
-        return  # it went with its last user
-    try:
-        steward = _core.Steward(fd)
-        if steward.try_close():
-            os.unlink(path)
-            posix_ipc.unlink_semaphore(arena.bell_name(steward.nonce))
-    except (BlockingIOError, posix_ipc.ExistentialError):
-        return  # somebody else coordinates it by now; or there is no bell
-    finally:
-        os.close(fd)
