@@ -5,6 +5,7 @@ from typing_extensions import Buffer
 
 LAYOUT_VERSION: Final[int]
 HEADER_BYTES: Final[int]
+MAX_CONFIG_BYTES: Final[int]
 MAX_SMALL_BYTES: Final[int]
 MAX_ROOT_NAME_BYTES: Final[int]
 MAX_PROCESSES: Final[int]

@@ -112,6 +112,10 @@ def create_file(path: str, capacity: int, config: Config) -> int:
 def _format(fd: int, capacity: int, config: Config) -> None:
     limit = config.memory_limit_bytes or NO_LIMIT
     text = config.to_json().encode()
+    if len(text) > _core.MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"a config has at most {_core.MAX_CONFIG_BYTES} bytes as JSON, this one {len(text)}"
+        )
     try:
         _core.format(fd, capacity, secrets.randbits(63) | 1, limit, text)
     except OSError as error:

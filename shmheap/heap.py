@@ -20,6 +20,7 @@ Freeing goes the same way back: drop the pin, count down, and whoever brings the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
 import threading
@@ -78,7 +79,7 @@ class Heap(HeapBase):
     name: str
     _path: str
     _config: Config
-    _pid: int
+    _nonce: int
 
     @classmethod
     def create(
@@ -143,7 +144,6 @@ class Heap(HeapBase):
         heap = cls()
         heap.name = name
         heap._path = path
-        heap._pid = os.getpid()
         bell = _Bell(path)
         try:
             if not heap._attach(fd, path, bell.ring):
@@ -151,6 +151,7 @@ class Heap(HeapBase):
                 return None
         finally:
             os.close(fd)
+        heap._nonce = heap.nonce
         heap._config = Config.from_json(heap._config_bytes())
         bell.serve(heap.nonce, heap._config)
         bell.ring(heap._coordinator_alive())
@@ -299,7 +300,7 @@ class Heap(HeapBase):
         """
         if not self.closed:
             self._mark_unlinked()
-        _unlink_path(self._path, None if self.closed else self.nonce)
+        _unlink_path(self._path, self._nonce)
 
     def __enter__(self) -> Self:
         return self
@@ -386,11 +387,17 @@ def _require_same(heap: Heap, capacity: int | str | None, config: Config | None)
     problem = None
     if config is not None and config != heap.config:
         problem = f"was made with {heap.config}, not {config}"
-    elif capacity is not None and not 0 <= parse_size(capacity) - heap.capacity < 1 << 21:
+    elif capacity is not None and not _is_capacity_of(heap, parse_size(capacity)):
         problem = f"has a capacity of {heap.capacity} bytes, not {capacity}"
     if problem is not None:
         heap.close()
         raise ValueError(f"the heap {heap.name!r} exists and {problem}")
+
+
+def _is_capacity_of(heap: Heap, nbytes: int) -> bool:
+    """Whether a heap made with that capacity, of which it takes whole pages, is like this one."""
+    page_bytes: int = _core.Observer(heap._fileno()).header()["page_bytes"]
+    return nbytes - nbytes % page_bytes == heap.capacity
 
 
 def unlink(name: str, *, directory: str | None = None) -> None:
@@ -408,12 +415,10 @@ def unlink(name: str, *, directory: str | None = None) -> None:
         os.unlink(path)  # this user's, and no heap that this version can use
 
 
-def _unlink_path(path: str, nonce: int | None) -> None:
-    try:
-        if nonce is None or _is_still(path, nonce):
+def _unlink_path(path: str, nonce: int) -> None:
+    if _is_still(path, nonce):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-    except FileNotFoundError:
-        return
 
 
 def _finish_closing(fd: int, path: str) -> None:
@@ -427,10 +432,12 @@ def _is_still(path: str, nonce: int) -> bool:
     """Whether the name still is that of this arena, and not of a new one."""
     try:
         fd, _ = arena.open_arena(path, read_only=True)
-    except HeapNotFound:
+    except (HeapNotFound, UntrustedArena):
         return False
     try:
         return _core.Observer(fd).nonce == nonce
+    except UntrustedArena:
+        return False
     finally:
         os.close(fd)
 

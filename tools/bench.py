@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
-        sub.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
+        sub.add_argument("--quick", action="store_true", help="small sizes, few rounds")
         sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
     return parser
 

@@ -8,6 +8,7 @@ General layout, a file per group of commands:
     demo         the proof that memory comes back, on real files; with demo_files, demo_work,
                  demo_meter and demo_show
     show         tables, sizes, JSON
+    signals      Ctrl-C
 
 Every coordinator passes through this file on its way to `run`, so a group is imported only when one
 of its commands is given, and nothing here may import what is only nice to look at.

@@ -34,6 +34,7 @@ from shmheap.cli.demo_meter import Meter, Phase, Sample
 from shmheap.cli.demo_show import Screen, draw, print_phases, require_plot
 from shmheap.cli.demo_work import attach, compress_blocks, compressed, digest, touch
 from shmheap.cli.show import print_json, size
+from shmheap.cli.signals import uninterrupted
 from shmheap.config import Config, parse_size
 from shmheap.errors import HeapError
 from shmheap.heap import Heap
@@ -97,7 +98,7 @@ def demo(options: argparse.Namespace) -> int:
     want = None if options.size is None else parse_size(options.size)
     free = shm_free(options.directory or arena.DIRECTORY)
     load = plan_load(find_files(options.input), want, free)
-    screen.say(f"{load}; {options.workers} workers, started by {START_METHOD}")
+    screen.say(f"{load}")
     started_s = time.monotonic()
     outcome = _run(options, load, screen)
     if options.plot is not None:
@@ -148,11 +149,15 @@ def _samples(meter: Meter, *, wanted: bool) -> AbstractContextManager[list[Sampl
 @contextmanager
 def _new_heap(name: str | None, config: Config) -> Iterator[Heap]:
     """A heap that is gone afterwards, whatever happens."""
-    with Heap.create(name, config=config) as heap:
-        try:
-            yield heap
-        finally:
+    heap = None
+    try:
+        with uninterrupted():
+            heap = Heap.create(name, config=config)
+        yield heap
+    finally:
+        if heap is not None:
             heap.unlink()
+            heap.close()
 
 
 @contextmanager
@@ -295,4 +300,8 @@ def _print_outcome(outcome: Outcome, workers: int) -> None:
     )
     print(f"pages on which books and kernel disagree: {outcome.mismatched_pages}")
     says = f"{outcome.wrong} are wrong" if outcome.wrong else "all equal a plain run's"
-    print(f"results: {outcome.results:,} blocks compressed by {workers} workers; {says}")
+    load = outcome.load
+    print(
+        f"results: {outcome.results:,} blocks ({size(load.nbytes)}) of {len(load.copies):,} files, "
+        f"compressed by {workers} {START_METHOD}ed workers; {says}"
+    )

@@ -32,10 +32,10 @@ class Load:
     def __str__(self) -> str:
         counts = [count for _, count in self.copies]
         least, most = min(counts), max(counts)
-        times = f"{most} times over" if least == most else f"{least} or {most} times over"
+        times = f"{most}" if least == most else f"{least} or {most}"
         return (
-            f"{len(counts):,} files, {times}: {self.blocks:,} blocks, "
-            f"{size(self.nbytes)} (a quarter of what is free would be {size(self.limit_bytes)})"
+            f"files: {len(counts):,}, times over: {times}, blocks: {self.blocks:,}, together "
+            f"{size(self.nbytes)}; a quarter of what is free would be {size(self.limit_bytes)}"
         )
 
 

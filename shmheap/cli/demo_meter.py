@@ -110,6 +110,7 @@ class Meter:
         finally:
             enough.set()
             thread.join()
+        samples.append(self.sample())
 
     def _now_s(self) -> float:
         return time.monotonic() - self._start_s

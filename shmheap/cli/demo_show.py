@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -96,8 +97,9 @@ def draw(file: str, samples: Sequence[Sample], phases: Sequence[Phase]) -> None:
     axes.plot(at, [one.in_use_bytes / MIB for one in samples], label="in use", ls="--")
     axes.plot(at, [one.released_bytes / MIB for one in samples], label="released", ls=":")
     top = axes.get_ylim()[1]
-    for row in phases:
+    for i, row in enumerate(phases):
+        side: Literal["left", "right"] = "left" if i % 2 else "right"  # some are close together
         axes.axvline(row.at_s, color="0.8", lw=1, zorder=0)
-        axes.text(row.at_s, top, f"{row.phase} ", rotation=90, va="top", ha="right", color="0.4")
-    axes.legend(loc="center left")
+        axes.text(row.at_s, top, f"{row.phase} ", rotation=90, va="top", ha=side, color="0.4")
+    axes.legend(loc="center right")
     figure.savefig(file)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from contextlib import suppress
 
-from shmheap import arena
+import posix_ipc
+
+from shmheap import _core, arena
+from shmheap.cli.signals import uninterrupted
 from shmheap.config import Config, parse_size
 from shmheap.coordinator.process import is_detached
 from shmheap.coordinator.process import main as coordinate
-from shmheap.errors import HeapExists
+from shmheap.errors import HeapExists, HeapNotFound
 
 __all__ = ["run"]
 
@@ -24,8 +29,15 @@ def run(options: argparse.Namespace) -> int:
     name: str = options.name
     path = name if name.startswith("/") else arena.file_path(name, options.directory)
     foreground = not is_detached()
-    made = foreground and _make(path, options)
-    status = coordinate(path, foreground=foreground)
+    made = False
+    try:
+        if foreground:
+            with uninterrupted():
+                made = _make(path, options)
+        status = coordinate(path, foreground=foreground)
+    finally:
+        if made:
+            _remove_unused(path)
     if options.json:
         print(json.dumps({"name": name, "path": path, "made": made, "exit_status": status}))
     return status
@@ -33,14 +45,32 @@ def run(options: argparse.Namespace) -> int:
 
 def _make(path: str, options: argparse.Namespace) -> bool:
     """Make the heap if there is none; return whether it was."""
-    directory = options.directory
-    capacity = options.capacity
-    nbytes = arena.capacity_of(directory) if capacity is None else parse_size(capacity)
+    if options.capacity is not None:
+        nbytes = parse_size(options.capacity)
+    else:
+        nbytes = arena.capacity_of(options.directory)
     try:
-        os.close(arena.create_file(path, nbytes, Config(directory=directory)))
+        os.close(arena.create_file(path, nbytes, Config(directory=options.directory)))
     except HeapExists:
-        if capacity is not None:
-            raise
+        if options.capacity is not None:
+            print(f"shmheap: {path} exists, and keeps its capacity", file=sys.stderr)
         return False
+    print(f"shmheap: made {path}", file=sys.stderr)
     return True
+
+
+def _remove_unused(path: str) -> None:
+    """Remove a heap that was made here if nobody came, and this process was ended early."""
+    try:
+        fd, _ = arena.open_arena(path)
+    except HeapNotFound:
+        return  # the coordinator has removed it
+    with suppress(BlockingIOError, posix_ipc.ExistentialError):
+        try:
+            steward = _core.Steward(fd)
+        finally:
+            os.close(fd)
+        if steward.try_close():
+            os.unlink(path)
+            posix_ipc.unlink_semaphore(arena.bell_name(steward.nonce))
 

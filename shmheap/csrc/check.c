@@ -1,8 +1,8 @@
 /*
  * Walks every invariant, and rebuilds the caches of the truth to compare (docs/invariants.md).
  *
- * The page heap is looked at under its lock and must be sound at any moment. Holders and counts change
- * without it, so what looks wrong there is looked at again: a violation is what stays.
+ * The page heap is looked at under its lock. Holders and counts change without it; what is said of them
+ * holds at the moment of the look.
  */
 #include "core.h"
 
@@ -10,23 +10,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define LOOKS 4 /* at holders and counts, before something is called wrong */
-
 struct checker {
     struct sh_ctx *c;
     sh_report *report;
     void *arg;
-    uint32_t violations;
-    bool silent;
 };
 
 static void wrong(struct checker *k, const char *invariant, const char *format, ...)
 {
     char what[200];
     va_list values;
-    k->violations++;
-    if (k->silent)
-        return;
     va_start(values, format);
     vsnprintf(what, sizeof what, format, values);
     va_end(values);
@@ -213,60 +206,89 @@ static void check_heap(struct checker *k)
     check_lists(k, free_runs, orphans);
 }
 
-/* Holders and counts */
+/* Holders and counts. Others go on meanwhile, but their orders tell: a cell is cleared before its block
+ * is counted down, and written after it was counted up. So a cell that is the same before and after a
+ * look at the word held the block at that moment. */
 
-struct cells {
-    uint64_t *word;
+struct holder {
+    uint64_t word, cell;
+    const _Atomic uint64_t *at;
+    uint32_t page; /* of the span the cell is in; SH_NIL: a root */
+};
+
+struct holders {
+    struct holder *list;
     uint64_t n, room;
 };
 
-static bool cells_add(struct cells *a, uint64_t cell)
+static bool add_holder(struct holders *a, const struct holder *one)
 {
     if (a->n == a->room) {
         uint64_t room = a->room ? 2 * a->room : 1024;
-        uint64_t *word = realloc(a->word, room * sizeof *word);
-        if (word == NULL)
+        struct holder *list = realloc(a->list, room * sizeof *list);
+        if (list == NULL)
             return false;
-        a->word = word;
+        a->list = list;
         a->room = room;
     }
-    a->word[a->n++] = SH_CELL_WORD(cell);
+    a->list[a->n++] = *one;
     return true;
 }
 
-static bool add_cell(struct checker *k, struct cells *a, uint64_t cell, bool pin)
+/* The cells of a span may be looked at while it is what it was: locked, so that they are not punched. */
+static bool cells_are_there(struct checker *k, uint32_t page, uint32_t state)
+{
+    return page == SH_NIL || SH_SPAN_STATE(sh_span(k->c, page)) == state;
+}
+
+static bool unchanged(const struct holder *h)
+{
+    return atomic_load_explicit(h->at, ACQ) == h->cell;
+}
+
+/* Looks at one cell. `generation`: it holds one, too (a lease holds a number instead). */
+static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t *at, uint32_t page, bool generation)
 {
     struct sh_ref r;
-    if (cell == 0)
+    struct holder h = {.cell = atomic_load_explicit(at, ACQ), .at = at, .page = page};
+    if (h.cell == 0)
         return true;
-    if (!sh_locate(k->c, SH_CELL_WORD(cell), &r)) {
-        wrong(k, "I-7", "a holder names word %llu, where no block is", (unsigned long long)SH_CELL_WORD(cell));
+    h.word = SH_CELL_WORD(h.cell);
+    bool found = sh_locate(k->c, h.word, &r);
+    uint64_t w = found ? atomic_load_explicit(r.word, ACQ) : 0;
+    bool other = found && generation && (SH_GEN(w) & 0xffffffu) != SH_CELL_LOW(h.cell);
+    if ((!found || SH_BSTATE(w) != SH_BLOCK_LIVE || other) && unchanged(&h)) {
+        wrong(k, "I-6", "a holder (%s) names word %llu, where %s",
+              page == SH_NIL ? "a root" : generation ? "a pin" : "a lease", (unsigned long long)h.word,
+              !found ? "no block is" : other ? "another generation is" : "the block is dead");
         return true;
     }
-    uint64_t w = atomic_load_explicit(r.word, ACQ);
-    if (pin && (SH_GEN(w) & 0xffffffu) != SH_CELL_LOW(cell))
-        wrong(k, "I-7", "a pin holds an older generation of the block at page %u", r.page);
-    return cells_add(a, cell);
+    return add_holder(a, &h);
 }
 
-static bool add_span(struct checker *k, struct cells *a, uint32_t page, uint32_t kind)
+static enum sh_status add_span(struct checker *k, struct holders *a, uint32_t page, uint64_t span)
 {
+    uint32_t state = SH_SPAN_STATE(span), kind = state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES;
     const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(k->c, page);
     uint32_t step = k->c->kinds[kind].size / 8;
-    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks; i++)
-        if (!add_cell(k, a, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ), kind == SH_KIND_PINS))
-            return false;
-    return true;
+    enum sh_status status = sh_enter(k->c, 60000);
+    if (status != SH_OK)
+        return status;
+    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks && sh_span(k->c, page) == span; i++)
+        if (!look_at(k, a, &cells[(uint64_t)i * step], page, state == SH_PINS))
+            status = SH_NOMEM;
+    sh_leave(k->c);
+    return status;
 }
 
-static bool add_roots(struct checker *k, struct cells *a)
+static bool add_roots(struct checker *k, struct holders *a)
 {
     const struct sh_root *roots = (const struct sh_root *)(k->c->base + k->c->geo.roots);
     uint64_t used = k->c->hdr->roots_used;
     for (uint32_t b = 0; b < SH_ROOT_BUCKETS; b++) {
         uint64_t entry = k->c->hdr->root_buckets[b];
         for (uint64_t i = 0; entry < used && entry < SH_MAX_ROOTS && i <= used; i++) {
-            if (!add_cell(k, a, atomic_load(&roots[entry].cell), true))
+            if (!look_at(k, a, &roots[entry].cell, SH_NIL, true))
                 return false;
             entry = roots[entry].next;
         }
@@ -274,64 +296,79 @@ static bool add_roots(struct checker *k, struct cells *a)
     return true;
 }
 
-static enum sh_status gather(struct checker *k, struct cells *a)
+static enum sh_status gather(struct checker *k, struct holders *a)
 {
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
     enum sh_status status;
-    a->n = 0;
     if (!add_roots(k, a))
         return SH_NOMEM;
     while ((status = sh_walk_next(k->c, &walk, &page, &span)) == SH_OK) {
-        uint32_t state = SH_SPAN_STATE(span);
-        if (state != SH_PINS && state != SH_LEASES)
+        if (SH_SPAN_STATE(span) != SH_PINS && SH_SPAN_STATE(span) != SH_LEASES)
             continue;
-        if (!add_span(k, a, page, state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES))
-            return SH_NOMEM;
+        status = add_span(k, a, page, span);
+        if (status != SH_OK)
+            return status;
     }
     return status == SH_ABSENT ? SH_OK : status;
 }
 
-static int by_number(const void *x, const void *y)
+static int by_word(const void *x, const void *y)
 {
-    uint64_t a = *(const uint64_t *)x, b = *(const uint64_t *)y;
+    uint64_t a = ((const struct holder *)x)->word, b = ((const struct holder *)y)->word;
     return a < b ? -1 : a > b;
 }
 
-static void compare_counts(struct checker *k, const struct cells *a)
+/* How many of these cells still hold the block. Locked. */
+static uint64_t still_holding(struct checker *k, const struct holder *h, uint64_t n)
+{
+    uint64_t held = 0;
+    for (uint64_t i = 0; i < n; i++)
+        if (cells_are_there(k, h[i].page, SH_PINS) || cells_are_there(k, h[i].page, SH_LEASES))
+            held += unchanged(&h[i]);
+    return held;
+}
+
+static void compare_count(struct checker *k, const struct holder *h, uint64_t n)
+{
+    struct sh_ref r;
+    if (!sh_locate(k->c, h->word, &r))
+        return;
+    uint64_t before = still_holding(k, h, n);
+    uint64_t count = SH_COUNT(atomic_load_explicit(r.word, ACQ));
+    uint64_t after = still_holding(k, h, n);
+    if (before == n && after == n && count < n && count != SH_COUNT_MAX)
+        wrong(k, "I-6", "%llu holders, count %llu of word %llu", (unsigned long long)n,
+              (unsigned long long)count, (unsigned long long)h->word);
+}
+
+static enum sh_status compare_counts(struct checker *k, const struct holders *a)
 {
     for (uint64_t i = 0, same; i < a->n; i += same) {
         struct sh_ref r;
-        for (same = 1; i + same < a->n && a->word[i + same] == a->word[i];)
+        for (same = 1; i + same < a->n && a->list[i + same].word == a->list[i].word;)
             same++;
-        if (!sh_locate(k->c, a->word[i], &r))
+        if (!sh_locate(k->c, a->list[i].word, &r) || SH_COUNT(atomic_load_explicit(r.word, ACQ)) >= same)
             continue;
-        uint64_t w = atomic_load_explicit(r.word, ACQ);
-        if (SH_BSTATE(w) != SH_BLOCK_LIVE)
-            wrong(k, "I-6", "%llu holders name a dead block at page %u", (unsigned long long)same, r.page);
-        else if (SH_COUNT(w) < same && SH_COUNT(w) != SH_COUNT_MAX)
-            wrong(k, "I-6", "%llu holders, count %llu of a block at page %u", (unsigned long long)same,
-                  (unsigned long long)SH_COUNT(w), r.page);
+        enum sh_status status = sh_enter(k->c, 60000);
+        if (status != SH_OK)
+            return status;
+        compare_count(k, &a->list[i], same);
+        sh_leave(k->c);
     }
+    return SH_OK;
 }
 
 static enum sh_status check_holders(struct checker *k)
 {
-    struct cells a = {0};
-    enum sh_status status = SH_OK;
-    for (int look = 1; look <= LOOKS && status == SH_OK; look++) {
-        uint32_t before = k->violations;
-        k->silent = look < LOOKS;
-        status = gather(k, &a);
-        if (status == SH_OK && a.n != 0)
-            qsort(a.word, a.n, sizeof *a.word, by_number);
-        if (status == SH_OK)
-            compare_counts(k, &a);
-        if (k->violations == before)
-            break;
-    }
-    free(a.word);
+    struct holders a = {0};
+    enum sh_status status = gather(k, &a);
+    if (status == SH_OK && a.n != 0)
+        qsort(a.list, a.n, sizeof *a.list, by_word);
+    if (status == SH_OK)
+        status = compare_counts(k, &a);
+    free(a.list);
     return status;
 }
 

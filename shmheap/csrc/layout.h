@@ -26,7 +26,7 @@
 #define SH_MAGIC        "SHMHEAP"
 #define SH_VERSION      1u
 #define SH_MAX_SLOTS    1024u /* slot 0 is the coordinator's */
-#define SH_MAX_PAGES    (1u << 28)
+#define SH_MAX_PAGES    ((1u << 28) - 1) /* a span record has 28 bits for them */
 #define SH_NIL          0xffffffffu /* no page, no root entry */
 #define SH_CONFIG_BYTES 2048u
 #define SH_LINE         64
@@ -70,7 +70,7 @@ struct sh_slot {
     _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner */
     _Atomic uint32_t wait_seen;               /* hdr.freed that the last waiter saw; W: owner */
     _Atomic uint32_t refused;                 /* wait_seen that was refused; W: coordinator */
-    _Atomic uint64_t remote;                  /* classes (mod 64) others freed into; W: anybody */
+    _Atomic uint64_t remote[2];               /* classes others freed into, a bit each; W: anybody */
     _Atomic uint32_t leases_taken;            /* 1: cells of ours were cleared; W: anybody */
     _Atomic uint32_t dying;                   /* reserved for node blocks: dying list, page or NIL */
     _Atomic uint64_t ended_ns;                /* when its end was noticed, 0 = not; W: coordinator */

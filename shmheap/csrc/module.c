@@ -611,13 +611,12 @@ static PyObject *heap_close(Heap *self, PyObject *unused)
 /* Says how many bytes: 0 < n. -1 with an error set otherwise. */
 static Py_ssize_t parse_nbytes(PyObject *arg)
 {
-    Py_ssize_t n = PyLong_Check(arg) ? PyLong_AsSsize_t(arg) : PyNumber_AsSsize_t(arg, PyExc_OverflowError);
+    Py_ssize_t n = PyLong_Check(arg) ? PyLong_AsSsize_t(arg) : PyNumber_AsSsize_t(arg, NULL);
     if (n == -1 && PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
-            PyErr_Clear();
-            return PY_SSIZE_T_MAX; /* larger than any capacity */
-        }
-        return -1;
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return -1;
+        PyErr_Clear();
+        n = PyNumber_AsSsize_t(arg, NULL); /* the nearest that there is */
     }
     if (n <= 0) {
         PyErr_Format(PyExc_ValueError, "a block has at least 1 byte, not %zd", n);
@@ -794,7 +793,10 @@ static PyObject *heap_root_set(Heap *self, PyObject *args)
     struct box *b = self->box;
     if (block->box->ctx.hdr->nonce != b->ctx.hdr->nonce)
         return PyErr_Format(PyExc_ValueError, "the block belongs to another heap; copy it with heap.put()");
-    WAITING(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &block->ref, SLICE_MS));
+    struct sh_ref ref = block->ref; /* the block may be another Heap object's: as this one maps it */
+    ref.data += b->ctx.base - block->box->ctx.base;
+    ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
+    WAITING(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     if (PyErr_Occurred())
@@ -1010,6 +1012,8 @@ static PyObject *heap_await(Heap *self, PyObject *args)
     enum sh_status s;
     if (!PyArg_ParseTuple(args, "iId:_await", &kind, &ticket, &timeout) || !box_usable(self->box))
         return NULL;
+    if (kind < 0 || kind >= SH_NREQUESTS)
+        return PyErr_Format(PyExc_ValueError, "no such request: %d", kind);
     struct box *b = self->box;
     uint64_t until = timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
     do {
@@ -1227,10 +1231,20 @@ static PyObject *steward_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     return (PyObject *)self;
 }
 
+static bool steward_open(Heap *self)
+{
+    bool open = self->box->attached;
+    if (!open)
+        PyErr_SetString(PyExc_ValueError, "the steward is closed");
+    return open;
+}
+
 static PyObject *steward_begin(Heap *self, PyObject *unused)
 {
     uint32_t phase;
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_begin(c, &phase));
     return PyLong_FromUnsignedLong(phase);
 }
@@ -1238,12 +1252,16 @@ static PyObject *steward_begin(Heap *self, PyObject *unused)
 static PyObject *steward_now_stamp(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyLong_FromUnsignedLong(sh_now_stamp(&self->box->ctx));
 }
 
 static PyObject *steward_slots(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     struct sh_ctx *c = &self->box->ctx;
     PyObject *list = PyList_New(0);
     uint32_t used = atomic_load(&c->hdr->slots_used);
@@ -1265,7 +1283,7 @@ static PyObject *steward_slots(Heap *self, PyObject *unused)
 static PyObject *steward_alive(Heap *self, PyObject *args)
 {
     unsigned int slot;
-    if (!PyArg_ParseTuple(args, "I:alive", &slot))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "I:alive", &slot))
         return NULL;
     return PyBool_FromLong(slot < SH_MAX_SLOTS && sh_alive(&self->box->ctx, slot));
 }
@@ -1275,7 +1293,7 @@ static PyObject *steward_reap(Heap *self, PyObject *args)
     unsigned int slot;
     unsigned long long cutoff;
     struct sh_reaped r;
-    if (!PyArg_ParseTuple(args, "IK:reap", &slot, &cutoff))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "IK:reap", &slot, &cutoff))
         return NULL;
     STEWARD(s, sh_reap(c, slot, cutoff, &r));
     return Py_BuildValue("(KKKKKN)", (unsigned long long)r.pins, (unsigned long long)r.leases,
@@ -1286,6 +1304,8 @@ static PyObject *steward_reap(Heap *self, PyObject *args)
 static PyObject *steward_users(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyLong_FromUnsignedLong(sh_users(&self->box->ctx));
 }
 
@@ -1293,6 +1313,8 @@ static PyObject *steward_try_close(Heap *self, PyObject *unused)
 {
     bool closed;
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_try_close(c, &closed));
     return PyBool_FromLong(closed);
 }
@@ -1300,12 +1322,16 @@ static PyObject *steward_try_close(Heap *self, PyObject *unused)
 static PyObject *steward_refuse_waiters(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyLong_FromUnsignedLong(sh_refuse_waiters(&self->box->ctx));
 }
 
 static PyObject *steward_take_wants(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyLong_FromUnsignedLong(atomic_exchange(&self->box->ctx.hdr->wants, 0));
 }
 
@@ -1321,7 +1347,7 @@ static PyObject *steward_pending(Heap *self, PyObject *args)
 {
     int kind;
     struct sh_request_line *line;
-    if (!PyArg_ParseTuple(args, "i:pending", &kind) || (line = request_line(self, kind)) == NULL)
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "i:pending", &kind) || (line = request_line(self, kind)) == NULL)
         return NULL;
     uint32_t wanted = atomic_load(&line->wanted);
     return PyLong_FromUnsignedLong(wanted == atomic_load(&line->done) ? 0 : wanted);
@@ -1333,7 +1359,7 @@ static PyObject *steward_finish(Heap *self, PyObject *args)
     unsigned int ticket;
     PyObject *fields;
     struct sh_request_line *line;
-    if (!PyArg_ParseTuple(args, "iIO:finish", &kind, &ticket, &fields) ||
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "iIO:finish", &kind, &ticket, &fields) ||
         (line = request_line(self, kind)) == NULL)
         return NULL;
     Py_ssize_t n = PySequence_Size(fields);
@@ -1360,6 +1386,8 @@ static PyObject *pause_of(struct sh_ctx *c)
 static PyObject *steward_start_cycle(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_start_cycle(c));
     return pause_of(c);
 }
@@ -1368,6 +1396,8 @@ static PyObject *steward_mark(Heap *self, PyObject *unused)
 {
     uint64_t blocks;
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_mark(c, &blocks));
     return Py_BuildValue("(KN)", (unsigned long long)blocks, pause_of(c));
 }
@@ -1376,6 +1406,8 @@ static PyObject *steward_finish_mark(Heap *self, PyObject *unused)
 {
     uint64_t blocks;
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_finish_mark(c, &blocks));
     return Py_BuildValue("(KN)", (unsigned long long)blocks, pause_of(c));
 }
@@ -1384,6 +1416,8 @@ static PyObject *steward_sweep(Heap *self, PyObject *unused)
 {
     uint64_t blocks, bytes;
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     STEWARD(s, sh_sweep(c, &blocks, &bytes));
     return Py_BuildValue("(KKN)", (unsigned long long)blocks, (unsigned long long)bytes, pause_of(c));
 }
@@ -1392,7 +1426,7 @@ static PyObject *steward_stamp(Heap *self, PyObject *args)
 {
     unsigned int stamp;
     uint64_t units;
-    if (!PyArg_ParseTuple(args, "I:stamp", &stamp))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "I:stamp", &stamp))
         return NULL;
     STEWARD(s, sh_stamp(c, stamp, &units));
     return PyLong_FromUnsignedLongLong(units);
@@ -1402,7 +1436,7 @@ static PyObject *steward_end_cycle(Heap *self, PyObject *args)
 {
     unsigned long long next_gc, pause_ns;
     int forced;
-    if (!PyArg_ParseTuple(args, "KpK:end_cycle", &next_gc, &forced, &pause_ns))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "KpK:end_cycle", &next_gc, &forced, &pause_ns))
         return NULL;
     STEWARD(s, sh_end_cycle(c, next_gc, forced, pause_ns));
     return pause_of(c);
@@ -1414,7 +1448,7 @@ static PyObject *steward_release(Heap *self, PyObject *args)
     unsigned long long max_bytes;
     uint64_t bytes, runs;
     bool more;
-    if (!PyArg_ParseTuple(args, "IK:release", &stamp_le, &max_bytes))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "IK:release", &stamp_le, &max_bytes))
         return NULL;
     STEWARD(s, sh_release(c, stamp_le, max_bytes, &bytes, &runs, &more));
     return Py_BuildValue("(KKN)", (unsigned long long)bytes, (unsigned long long)runs, PyBool_FromLong(more));
@@ -1423,31 +1457,39 @@ static PyObject *steward_release(Heap *self, PyObject *args)
 static PyObject *steward_stats(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return stats_of(&self->box->ctx);
 }
 
 static PyObject *steward_config(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return config_of(&self->box->ctx);
 }
 
 static PyObject *steward_check(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return check_of(self->box);
 }
 
 static PyObject *steward_unlinked(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyBool_FromLong(atomic_load(&self->box->ctx.hdr->unlinked) != 0);
 }
 
 static PyObject *steward_set_limit(Heap *self, PyObject *args)
 {
     unsigned long long bytes;
-    if (!PyArg_ParseTuple(args, "K:set_limit", &bytes))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "K:set_limit", &bytes))
         return NULL;
     atomic_store(&self->box->ctx.hdr->limit_units, bytes >> self->box->ctx.geo.unit_shift);
     Py_RETURN_NONE;
@@ -1457,7 +1499,7 @@ static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
 {
     unsigned long long bytes;
     struct sh_ctx *c = &self->box->ctx;
-    if (!PyArg_ParseTuple(args, "K:set_next_gc", &bytes))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "K:set_next_gc", &bytes))
         return NULL;
     atomic_store(&c->hdr->next_gc, bytes);
     atomic_store(&c->hdr->gc_trigger_pages, (bytes >> c->geo.page_shift) + 1);
@@ -1708,6 +1750,7 @@ static int add_constants(PyObject *m)
 {
     return PyModule_AddIntConstant(m, "LAYOUT_VERSION", SH_VERSION) ||
            PyModule_AddIntConstant(m, "HEADER_BYTES", sizeof(struct sh_header)) ||
+           PyModule_AddIntConstant(m, "MAX_CONFIG_BYTES", SH_CONFIG_BYTES) ||
            PyModule_AddIntConstant(m, "MAX_SMALL_BYTES", SH_MAX_SMALL) ||
            PyModule_AddIntConstant(m, "MAX_ROOT_NAME_BYTES", SH_ROOT_NAME_MAX) ||
            PyModule_AddIntConstant(m, "MAX_PROCESSES", SH_MAX_SLOTS - 1) ||

@@ -278,7 +278,10 @@ static enum sh_status grow(struct sh_ctx *c, uint32_t n, uint64_t *tables)
 {
     uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
     uint32_t before = free_run_before(c, (uint32_t)used);
-    uint64_t need = n - (before == SH_NIL ? 0 : SH_SPAN_NPAGES(sh_span(c, before)));
+    uint32_t there = before == SH_NIL ? 0 : SH_SPAN_NPAGES(sh_span(c, before));
+    if (there >= n)
+        return SH_OK;
+    uint64_t need = n - there;
     if (used + need > c->geo.npages)
         return SH_FULL;
     if (used + need > atomic_load_explicit(&c->hdr->table_pages, RLX)) {
@@ -328,9 +331,8 @@ static enum sh_status take_locked(struct sh_ctx *c, uint32_t n, uint32_t *page, 
         enum sh_status s = grow(c, n, tables);
         if (s == SH_SLOW)
             return s;
-        at = s == SH_OK ? find(c, n) : search_bin(c, n, SCAN_AT_MOST);
-        if (at == SH_NIL)
-            at = search_bin(c, n, SCAN_AT_MOST);
+        uint32_t end = (uint32_t)atomic_load_explicit(&c->hdr->used_pages, RLX);
+        at = s == SH_OK ? free_run_before(c, end) : search_bin(c, n, SCAN_AT_MOST);
         if (at == SH_NIL)
             return SH_FULL;
     }

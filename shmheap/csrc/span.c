@@ -328,7 +328,7 @@ void sh_hint_remote(struct sh_ctx *c, uint32_t page, uint64_t span)
         atomic_fetch_or_explicit(mark, SH_PAGE_REMOTE, ACQR);
     if (SH_SPAN_OWNER(span) == SH_OWNER_NONE)
         return;
-    _Atomic uint64_t *remote = &sh_slot(c, SH_SPAN_SLOT(span))->remote;
+    _Atomic uint64_t *remote = &sh_slot(c, SH_SPAN_SLOT(span))->remote[SH_SPAN_KIND(span) / 64];
     uint64_t bit = 1ull << (SH_SPAN_KIND(span) % 64);
     if (!(atomic_load_explicit(remote, RLX) & bit))
         atomic_fetch_or_explicit(remote, bit, ACQR);
@@ -350,11 +350,12 @@ void sh_span_freed(struct sh_ctx *c, uint32_t page, uint64_t span, const _Atomic
 static bool collect_remote(struct sh_ctx *c, uint32_t kind)
 {
     struct sh_shelf *shelf = &c->shelves[kind];
+    _Atomic uint64_t *remote = &c->slot->remote[kind / 64];
     uint64_t bit = 1ull << (kind % 64);
-    if (!(atomic_load_explicit(&c->slot->remote, ACQ) & bit))
+    if (!(atomic_load_explicit(remote, ACQ) & bit))
         return false;
     if (shelf->cursor == NULL) { /* a round begins: what comes from now on asks for another */
-        atomic_fetch_and_explicit(&c->slot->remote, ~bit, ACQR);
+        atomic_fetch_and_explicit(remote, ~bit, ACQR);
         shelf->cursor = shelf->ring[SH_ALL];
     }
     for (uint32_t i = 0; i < REMOTE_LOOKS && shelf->cursor != NULL; i++) {
@@ -366,7 +367,7 @@ static bool collect_remote(struct sh_ctx *c, uint32_t kind)
             scan(c, s);
     }
     if (shelf->cursor != NULL)
-        atomic_fetch_or_explicit(&c->slot->remote, bit, ACQR);
+        atomic_fetch_or_explicit(remote, bit, ACQR);
     return shelf->ring[SH_AVAIL] != NULL;
 }
 

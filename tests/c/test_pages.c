@@ -369,18 +369,6 @@ static void do_give_alone(void *arg)
     CHECK_OK(sh_pages_give(&s->c, &s->page[4], 1, 1000));
 }
 
-static void do_root_again(void *arg)
-{
-    struct scene *s = arg;
-    CHECK_OK(sh_root_set(&s->c, "new", 3, &s->block, 1000));
-}
-
-static void do_root_clear(void *arg)
-{
-    struct scene *s = arg;
-    CHECK_OK(sh_root_clear(&s->c, "older", 5, 1000));
-}
-
 static void recover(void *arg)
 {
     struct scene *s = arg;
@@ -394,15 +382,6 @@ static void recover_with_deaths(struct scene *s)
 {
     for (uint32_t entry = 1; !child_survives(recover, s, "log:undo", entry); entry++)
         CHECK(entry <= SH_UNDO_MAX);
-}
-
-static uint32_t root_names(struct sh_ctx *c)
-{
-    char name[SH_ROOT_NAME_MAX];
-    uint32_t entry = 0, len, n = 0;
-    while (sh_root_name(c, &entry, name, &len, 1000) == SH_OK)
-        n += (len == 5 && memcmp(name, "older", 5) == 0) || (len == 3 && memcmp(name, "new", 3) == 0);
-    return n;
 }
 
 /* Dies at each entry of the log in turn. The heap is as it was before, and works. */
@@ -471,31 +450,73 @@ static void test_death_while_growing(void)
     free(s);
 }
 
-/* Names: whatever was being done, the other names stand for what they stood for. */
+/* Names: whatever was being done, the other names stand for what they stood for. Here the child is a
+ * process of its own, because it dies with its own process lock held, too. */
+
+struct naming {
+    struct scene scene;
+    struct handle block;
+    bool clear;
+    uint32_t entry;
+};
+
+static void change_name(void *arg)
+{
+    struct naming *n = arg;
+    struct sh_ctx c;
+    struct sh_ref r;
+    arena_join(&c, n->scene.c.fd);
+    CHECK_OK(handle_open(&c, &n->block, &r));
+    CHECK_OK(sh_root_set(&c, "own", 3, &r, 1000)); /* its entry's memory is there */
+    CHECK_OK(sh_root_clear(&c, "own", 3, 1000));
+    die_when("log:entry", n->entry);
+    if (n->clear)
+        CHECK_OK(sh_root_clear(&c, "older", 5, 1000));
+    else
+        CHECK_OK(sh_root_set(&c, "new", 3, &r, 1000));
+}
+
+static uint32_t names(struct sh_ctx *c)
+{
+    char name[SH_ROOT_NAME_MAX];
+    uint32_t entry = 0, len, n = 0;
+    while (sh_root_name(c, &entry, name, &len, 10000) == SH_OK) {
+        CHECK((len == 5 && memcmp(name, "older", 5) == 0) || (len == 3 && memcmp(name, "new", 3) == 0));
+        n++;
+    }
+    return n;
+}
+
+static void die_among_names(bool clear)
+{
+    struct naming *n = calloc(1, sizeof *n);
+    struct sh_ctx lead, *other = &n->scene.other;
+    set_scene(&n->scene);
+    arena_lead(&lead, other->fd);
+    n->block = handle_of(&n->scene.c, &n->scene.block);
+    n->clear = clear;
+    for (n->entry = 1;; n->entry++) {
+        bool done = child_survives(change_name, n, NULL, 0);
+        CHECK(names(other) == (clear ? 0 : 1u + done)); /* the cell goes before its name */
+        reap_dead(&lead, UINT64_MAX);
+        must_be_sound(other, clear ? 0 : EXACT_COUNTS);
+        if (done)
+            break;
+        CHECK_OK(sh_root_set(&n->scene.c, "older", 5, &n->scene.block, 1000));
+    }
+    CHECK(n->entry > 2);
+    CHECK_OK(sh_root_set(&n->scene.c, "new", 3, &n->scene.block, 1000));
+    must_be_sound(other, 0);
+    arena_leave(&lead);
+    arena_leave(&n->scene.other);
+    arena_leave(&n->scene.c);
+    free(n);
+}
+
 static void test_death_among_names(void)
 {
-    static void (*const operations[])(void *) = {do_root_again, do_root_clear};
-    for (uint32_t i = 0; i < 2; i++) {
-        struct scene *s = calloc(1, sizeof *s);
-        set_scene(s);
-        uint32_t n = 1;
-        for (;; n++) {
-            uint32_t before = root_names(&s->other);
-            bool done = child_survives(operations[i], s, "log:entry", n);
-            uint32_t after = root_names(&s->other);
-            CHECK(done ? after == (i == 0 ? 2 : 0) : after <= before);
-            must_be_sound(&s->other, 0);
-            if (done)
-                break;
-            CHECK_OK(sh_root_set(&s->other, "older", 5, &s->block, 1000));
-        }
-        CHECK(n > 2);
-        CHECK_OK(sh_root_set(&s->other, "other", 5, &s->block, 1000));
-        must_be_sound(&s->other, 0);
-        arena_leave(&s->other);
-        arena_leave(&s->c);
-        free(s);
-    }
+    die_among_names(false);
+    die_among_names(true);
 }
 
 /* A log that cannot be believed: the lists are rebuilt from the records. */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -55,10 +56,12 @@ class HeapByHand:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.heap.unlink()
         self.heap.close()
         self.observer.close()
         self.steward.close()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
+                os.unlink(self.path)
         os.close(self.fd)
 
     @property

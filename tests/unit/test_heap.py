@@ -392,28 +392,27 @@ def test_a_handle_of_another_heap_of_that_name_is_stale(hand: HeapByHand) -> Non
     assert lease.release()
 
 
-def test_a_heap_that_is_closing_cannot_be_attached_to(hand: HeapByHand) -> None:
-    hand.heap.close()
-    hand.reap()
-    assert hand.steward.users() == 0
-    assert hand.steward.try_close()
-    with pytest.raises(HeapNotFound, match="being unlinked"):
-        Heap.attach(hand.heap.name)
-    os.unlink(hand.path)
-    hand.heap = Heap.create(hand.heap.name, capacity=MIB)  # the fixture closes that one
-    hand.heap.unlink()
+def test_a_heap_that_is_closing_cannot_be_attached_to(heap_name: str) -> None:
+    with HeapByHand(heap_name) as hand:
+        hand.heap.close()
+        hand.reap()
+        assert hand.steward.users() == 0
+        assert hand.steward.try_close()
+        with pytest.raises(HeapNotFound, match="being unlinked"):
+            Heap.attach(heap_name)
+        assert Path(hand.path).exists(), "its coordinator will remove it"
 
 
-def test_what_a_coordinator_left_closing_does_not_block_the_name(hand: HeapByHand) -> None:
+def test_what_a_coordinator_left_closing_does_not_block_the_name(heap_name: str) -> None:
     """It was killed after it had closed the heap and before it had removed the name."""
-    hand.heap.close()
-    hand.reap()
-    assert hand.steward.try_close()
-    hand.steward.close()
-    with shmheap.open(hand.heap.name, capacity=MIB) as new:
-        assert new.capacity == MIB
-        new.unlink()
-    hand.steward = _core.Steward(hand.fd)
+    with HeapByHand(heap_name) as hand:
+        hand.heap.close()
+        hand.reap()
+        assert hand.steward.try_close()
+        hand.steward.close()
+        with shmheap.open(heap_name, capacity=MIB) as new:
+            assert new.capacity == MIB
+            new.unlink()
 
 
 def test_nobody_closes_a_heap_that_has_users(hand: HeapByHand) -> None:

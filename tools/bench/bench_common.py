@@ -1,4 +1,4 @@
-"""What every benchmark shares: who ran it, loops that are timed in turns, rows against their limits.
+"""What every benchmark shares: who ran it, loops timed in turns, rows against their limits.
 
 Noise is the enemy on a small machine. So candidates take turns in short slices, a ratio is that of
 two slices of the same round, and what is reported is the median over rounds. A slice of one process
@@ -84,7 +84,7 @@ class Case:
         return time.thread_time_ns() - start
 
     def calibrate(self, slice_ns: int) -> None:
-        """Choose `times` so that a slice takes about so long, after the first calls, which are slow."""
+        """Choose `times` for a slice of about so long, after the first calls, which are slow."""
         self.loop(self.call, self.n, 10)
         while (took := self.slice_ns()) < slice_ns / 2:
             self.times = max(self.times * 2, int(self.times * slice_ns / max(took, 1) / 2))
@@ -111,9 +111,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def progress(steps: Sequence[Any], what: str) -> Any:
     """Iterate with a bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
-    return track(
-        steps, what, console=console, transient=True, disable=not console.is_terminal
-    )
+    return track(steps, what, console=console, transient=True, disable=not console.is_terminal)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@
 #ifndef OPS
 #define OPS 1
 #endif
+#ifndef OPS1
+#define OPS1 OPS
+#endif
 #ifndef ACTS
 #define ACTS 1
 #endif
@@ -211,7 +214,7 @@ proctype worker(byte p) {
   byte c, k, n, need, b, g, u, w; bit ok, won;
   {
   do
-  :: c<OPS ->
+  :: c<(p==0 -> OPS : OPS1) ->
     c++;
     if
     :: atomic { pin[p]==NIL -> w=LARGE; if :: need=1 :: need=2 fi }; goto alloc_span       /* allocate a large block */
@@ -324,7 +327,7 @@ alloc_span:
        unlock(O(p))
     fi;
     forget()
-  :: c==OPS -> break
+  :: else -> break
   od
   } unless { dead[p] };
   atomic {                                                       /* the kernel: held locks are orphaned, then liveness goes */

@@ -1,0 +1,768 @@
+/*
+ * Blocks: sizes, generations, handles, leases, names, frees from other processes, what the dead leave,
+ * holes, limits, and counts and generations at their ends.
+ */
+#include "support.h"
+
+#include <string.h>
+#include <unistd.h>
+
+/* One process, or two, and a coordinator; quiet at the end */
+struct stage {
+    int fd;
+    struct sh_ctx a, b, lead;
+};
+
+static struct stage *stage_new(uint64_t capacity, uint64_t limit)
+{
+    struct stage *s = calloc(1, sizeof *s);
+    s->fd = arena_new(capacity, limit);
+    arena_lead(&s->lead, s->fd);
+    arena_join(&s->a, s->fd);
+    arena_join(&s->b, s->fd);
+    return s;
+}
+
+/* Everybody leaves; nothing must be left. */
+static void stage_end(struct stage *s)
+{
+    if (s->a.slot != NULL)
+        arena_leave(&s->a);
+    if (s->b.slot != NULL)
+        arena_leave(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    collect(&s->lead);
+    collect(&s->lead);
+    release_all(&s->lead);
+    must_be_empty(&s->lead);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+    kernel_must_agree(&s->lead);
+    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
+    CHECK(atomic_load(&s->lead.hdr->committed_units) == 0);
+    CHECK(sh_heap_objects(&s->lead) == 0 && sh_heap_alloc(&s->lead) == 0);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
+static bool all_are(const struct sh_ref *r, uint8_t value)
+{
+    for (uint64_t i = 0; i < r->nbytes; i++)
+        if (r->data[i] != value)
+            return false;
+    return true;
+}
+
+/* Sizes */
+
+static void check_size(struct stage *s, uint64_t nbytes)
+{
+    struct sh_ref r = block_new(&s->a, nbytes), again;
+    CHECK(((uintptr_t)r.data & 15) == 0);
+    if (nbytes < 2000 || nbytes % 64 < 3)
+        CHECK(all_are(&r, 0));
+    memset(r.data, 0xff, nbytes); /* whatever the user writes, the size stays */
+    struct handle h = handle_of(&s->a, &r);
+    CHECK_OK(handle_open(&s->b, &h, &again));
+    CHECK(again.nbytes == nbytes && again.gen == r.gen && again.data[nbytes - 1] == 0xff);
+    block_drop(&s->a, &r);
+    block_drop(&s->b, &again);
+    CHECK_IS(handle_open(&s->b, &h, &again), SH_STALE);
+}
+
+static void test_every_size(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    uint64_t step = test_scale(8) >= 8 ? 1 : 7;
+    for (uint64_t n = 1; n <= SH_MAX_SMALL; n += step)
+        check_size(s, n);
+    for (uint32_t k = 0; k < SH_NCLASSES; k++) {
+        check_size(s, sh_classes[k].size);
+        check_size(s, sh_classes[k].size + 1);
+        check_size(s, sh_classes[k].size - 1);
+    }
+    for (uint64_t n = SH_MAX_SMALL + 1; n < 4 << 20; n += 8191 + n / 7)
+        check_size(s, n);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    stage_end(s);
+}
+
+/* Every block of several spans at once, of every class: none overlaps another. */
+static void test_full_spans(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct sh_ref *r = calloc(3 * SH_CLASS_NBLOCKS_MAX, sizeof *r);
+    for (uint32_t k = 0; k < SH_NCLASSES; k++) {
+        uint32_t n = 2 * sh_classes[k].nblocks + 1;
+        for (uint32_t i = 0; i < n; i++) {
+            r[i] = block_new(&s->a, sh_classes[k].size);
+            memset(r[i].data, (uint8_t)(i + 1), r[i].nbytes);
+        }
+        for (uint32_t i = 0; i < n; i++)
+            CHECK(all_are(&r[i], (uint8_t)(i + 1)));
+        must_be_sound(&s->a, EXACT_COUNTS);
+        for (uint32_t i = 0; i < n; i++)
+            block_drop(&s->a, &r[i]);
+        must_be_sound(&s->a, EXACT_COUNTS);
+    }
+    free(r);
+    stage_end(s);
+}
+
+/* Generations */
+
+static void test_generations_never_repeat(void)
+{
+    enum { N = 400 };
+    static const uint32_t sizes[] = {64, 8192, 16, 300, 70000, 4096, 65536, 1024};
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct handle old[8 * N];
+    uint32_t n = 0;
+    for (uint32_t round = 0; round < 8; round++) { /* the same pages, cut anew each time */
+        struct sh_ref r[N], stale;
+        uint32_t m = 0;
+        while (m < N && m * (uint64_t)sizes[round] < 2 << 20)
+            r[m++] = block_new(&s->a, sizes[round]);
+        for (uint32_t i = 0; i < n; i++)
+            CHECK_IS(handle_open(&s->b, &old[i], &stale), SH_STALE);
+        for (uint32_t i = 0; i < m; i++) {
+            old[n++] = handle_of(&s->a, &r[i]);
+            block_drop(&s->a, &r[i]);
+        }
+        collect(&s->lead);
+        release_all(&s->lead);
+    }
+    stage_end(s);
+}
+
+/* What is no handle of a block is refused, whatever it says. */
+static void test_senseless_handles(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct rng rng = {test_seed()};
+    struct sh_ref small = block_new(&s->a, 100), large = block_new(&s->a, 100000), r;
+    struct handle good[2] = {handle_lease(&s->a, &small), handle_lease(&s->a, &large)};
+    for (uint32_t i = 0; i < 20000; i++) {
+        struct handle h = good[i % 2];
+        uint64_t noise = (uint64_t)rng_below(&rng, ~0u) << rng_below(&rng, 32);
+        switch (rng_below(&rng, 3)) {
+        case 0:
+            h.off ^= noise;
+            break;
+        case 1:
+            h.gen ^= noise;
+            break;
+        default:
+            h.off += 1 + rng_below(&rng, 200000);
+        }
+        if (h.off == good[i % 2].off && h.gen == good[i % 2].gen)
+            continue;
+        h.cell = rng_below(&rng, 2) ? h.cell : noise;
+        CHECK_IS(handle_open(&s->b, &h, &r), SH_STALE);
+    }
+    CHECK_OK(handle_open(&s->b, &good[0], &r));
+    block_drop(&s->b, &r);
+    CHECK_OK(handle_open(&s->b, &good[1], &r));
+    block_drop(&s->b, &r);
+    block_drop(&s->a, &small);
+    block_drop(&s->a, &large);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    stage_end(s);
+}
+
+/* Leases */
+
+static void test_leases(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1000), got, again;
+    struct handle h = handle_lease(&s->a, &r);
+    block_drop(&s->a, &r); /* only the lease holds it now */
+    CHECK(live_blocks(&s->a) == 1 && atomic_load(&s->a.slot->leases) == 1);
+    collect(&s->lead);
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    CHECK(atomic_load(&s->a.slot->leases) == 0);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK_OK(handle_open(&s->a, &h, &again)); /* the lease is gone, the block lives */
+    CHECK(again.word - s->a.hdr->requests[0].fields != 0 && again.nbytes == 1000);
+    CHECK_IS(sh_lease_drop(&s->a, h.off, h.cell, h.seq, 1000), SH_STALE);
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &again);
+    CHECK_IS(handle_open(&s->a, &h, &again), SH_STALE);
+    must_be_empty(&s->a);
+    stage_end(s);
+}
+
+/* Dropped by its maker; made again and again over several pages of cells. */
+static void test_many_leases(void)
+{
+    enum { N = 1500 };
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct handle *h = calloc(N, sizeof *h);
+    struct sh_ref r = block_new(&s->a, 10), got;
+    for (int round = 0; round < 3; round++) {
+        for (uint32_t i = 0; i < N; i++)
+            h[i] = handle_lease(&s->a, &r);
+        must_be_sound(&s->a, EXACT_COUNTS);
+        for (uint32_t i = 0; i < N; i++) {
+            if (i % 2) {
+                CHECK_OK(sh_lease_drop(&s->a, h[i].off, h[i].cell, h[i].seq, 1000));
+                CHECK_IS(sh_lease_drop(&s->a, h[i].off, h[i].cell, h[i].seq, 1000), SH_STALE);
+            } else {
+                CHECK_OK(handle_open(&s->b, &h[i], &got));
+                block_drop(&s->b, &got);
+            }
+        }
+        must_be_sound(&s->a, EXACT_COUNTS);
+    }
+    uint64_t used = atomic_load(&s->a.hdr->inuse_pages);
+    CHECK(used < 16); /* cells are used again */
+    block_drop(&s->a, &r);
+    free(h);
+    stage_end(s);
+}
+
+/* A lease's cell and number may come round: the generation still tells whose block it is. */
+static void test_lease_of_another_block(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 64), got;
+    struct handle old = handle_of(&s->a, &r);
+    block_drop(&s->a, &r);
+    r = block_new(&s->a, 64);
+    CHECK(sh_data_offset(&s->a, &r) == old.off && r.gen != old.gen);
+    struct handle fresh = handle_lease(&s->a, &r);
+    old.cell = fresh.cell; /* as from a process that had these pages before */
+    old.seq = fresh.seq;
+    CHECK_IS(handle_open(&s->b, &old, &got), SH_STALE);
+    CHECK_OK(handle_open(&s->b, &fresh, &got));
+    CHECK(atomic_load(&s->a.slot->leases) == 0);
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &r);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    stage_end(s);
+}
+
+/* Names */
+
+static void test_names(void)
+{
+    enum { N = 3000 };
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    char name[SH_ROOT_NAME_MAX];
+    struct sh_ref r, got;
+    uint32_t len;
+    for (uint32_t i = 0; i < N; i++) {
+        r = block_new(&s->a, 16 + i);
+        memcpy(r.data, &i, sizeof i);
+        len = (uint32_t)snprintf(name, sizeof name, "name %u", i);
+        CHECK_OK(sh_root_set(&s->a, name, len, &r, 1000));
+        block_drop(&s->a, &r);
+    }
+    must_be_sound(&s->a, EXACT_COUNTS);
+    collect(&s->lead);
+    CHECK(live_blocks(&s->a) == N);
+    for (uint32_t i = 0; i < N; i++) {
+        len = (uint32_t)snprintf(name, sizeof name, "name %u", i);
+        CHECK_OK(sh_root_get(&s->b, name, len, 1000, &got));
+        CHECK(memcmp(got.data, &i, sizeof i) == 0 && got.nbytes == 16 + i);
+        if (i % 3 == 0) /* by another process */
+            CHECK_OK(sh_root_clear(&s->b, name, len, 1000));
+        else if (i % 3 == 1)
+            CHECK_OK(sh_root_set(&s->b, name, len, &got, 1000)); /* the same again */
+        block_drop(&s->b, &got);
+        CHECK_IS(sh_root_get(&s->a, name, len, 1000, &got), i % 3 ? SH_OK : SH_ABSENT);
+        if (i % 3)
+            block_drop(&s->a, &got);
+    }
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK(live_blocks(&s->a) == N - N / 3);
+    uint32_t entry = 0, n = 0;
+    while (sh_root_name(&s->a, &entry, name, &len, 1000) == SH_OK)
+        n++;
+    CHECK(n == N - N / 3);
+    memset(name, 'x', sizeof name);
+    CHECK_IS(sh_root_clear(&s->a, name, sizeof name, 1000), SH_ABSENT);
+    for (uint32_t i = 0; i < N; i++) {
+        len = (uint32_t)snprintf(name, sizeof name, "name %u", i);
+        CHECK_IS(sh_root_clear(&s->a, name, len, 1000), i % 3 ? SH_OK : SH_ABSENT);
+    }
+    must_be_empty(&s->a);
+    stage_end(s);
+}
+
+/* Frees by others */
+
+struct held {
+    struct sh_ref *mine, *theirs;
+    uint32_t n;
+};
+
+/* n blocks of a, each also held by b; then a lets go: b is the last. */
+static struct held hand_over(struct stage *s, uint64_t nbytes, uint32_t n)
+{
+    struct held h = {calloc(n, sizeof *h.mine), calloc(n, sizeof *h.theirs), n};
+    for (uint32_t i = 0; i < n; i++) {
+        h.mine[i] = block_new(&s->a, nbytes);
+        struct handle handle = handle_of(&s->a, &h.mine[i]);
+        CHECK_OK(handle_open(&s->b, &handle, &h.theirs[i]));
+    }
+    for (uint32_t i = 0; i < n; i++)
+        block_drop(&s->a, &h.mine[i]);
+    return h;
+}
+
+static void drop_theirs(struct stage *s, struct held *h)
+{
+    for (uint32_t i = 0; i < h->n; i++)
+        block_drop(&s->b, &h->theirs[i]);
+    free(h->mine);
+    free(h->theirs);
+}
+
+static void test_remote_free(void)
+{
+    struct stage *s = stage_new(32 << 20, NO_LIMIT);
+    for (int round = 0; round < 5; round++) {
+        for (uint32_t k = 0; k < SH_NCLASSES; k += 3) {
+            uint32_t n = 4 * sh_classes[k].nblocks;
+            struct held h = hand_over(s, sh_classes[k].size, n);
+            drop_theirs(s, &h);
+        }
+    }
+    must_be_empty(&s->a);
+    uint64_t pages = 0;
+    for (uint32_t k = 0; k < SH_NCLASSES; k += 3)
+        pages += 4 * sh_classes[k].npages;
+    /* five rounds need the memory of one and a little: the owner finds what others freed */
+    CHECK(atomic_load(&s->a.hdr->used_pages) < pages + 100);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    stage_end(s);
+}
+
+/* Classes that are 64 apart share a bit of the slot's hint: neither may lose the other's. */
+static void test_remote_free_of_classes_64_apart(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    for (uint32_t k = 0; k + 64 < SH_NCLASSES; k++) {
+        uint32_t sizes[2] = {sh_classes[k].size, sh_classes[k + 64].size};
+        struct held low = hand_over(s, sizes[0], 3 * sh_classes[k].nblocks);
+        struct held high = hand_over(s, sizes[1], 8 * sh_classes[k + 64].nblocks);
+        uint64_t inuse = atomic_load(&s->a.hdr->inuse_pages);
+        drop_theirs(s, &low);
+        drop_theirs(s, &high);
+        low = hand_over(s, sizes[0], 3 * sh_classes[k].nblocks);
+        high = hand_over(s, sizes[1], 8 * sh_classes[k + 64].nblocks);
+        CHECK(atomic_load(&s->a.hdr->inuse_pages) <= inuse + 1); /* perhaps a page of pins */
+        drop_theirs(s, &low);
+        drop_theirs(s, &high);
+        collect(&s->lead);
+    }
+    stage_end(s);
+}
+
+/* Empty spans */
+
+static void test_empty_spans_go_back(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    for (uint32_t k = 0; k < SH_NCLASSES; k++) {
+        uint32_t n = 10 * sh_classes[k].nblocks;
+        struct sh_ref *r = calloc(n, sizeof *r);
+        uint64_t before = atomic_load(&s->a.hdr->inuse_pages);
+        for (uint32_t i = 0; i < n; i++)
+            r[i] = block_new(&s->a, sh_classes[k].size);
+        for (uint32_t i = 0; i < n; i++)
+            block_drop(&s->a, &r[i]);
+        uint64_t after = atomic_load(&s->a.hdr->inuse_pages);
+        CHECK(after <= before + sh_classes[k].npages + 1); /* one span is kept, and a page of pins */
+        free(r);
+    }
+    must_be_sound(&s->a, EXACT_COUNTS);
+    collect(&s->lead); /* now also those, of a process that does nothing */
+    CHECK(atomic_load(&s->a.hdr->inuse_pages) <= 2);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    struct sh_ref r = block_new(&s->a, 100); /* and it finds out */
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
+/* The dead */
+
+static void test_orphans(void)
+{
+    enum { N = 600 };
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_reaped reaped;
+    struct sh_ref kept[N / 10], r;
+    char name[16];
+    for (uint32_t i = 0; i < N; i++) {
+        r = block_new(&s->b, 200);
+        memset(r.data, (uint8_t)i, 200);
+        uint32_t len = (uint32_t)snprintf(name, sizeof name, "%u", i / 10);
+        if (i % 10 == 0)
+            CHECK_OK(sh_root_set(&s->b, name, len, &r, 1000));
+    }
+    struct handle lease = handle_lease(&s->b, &r);
+    uint32_t slot = s->b.slot_index;
+    uint64_t inuse = atomic_load(&s->a.hdr->inuse_pages);
+    CHECK_OK(sh_reap(&s->lead, slot, 0, &reaped));
+    CHECK(reaped.pins == 0 && !reaped.done); /* it lives */
+    arena_die(&s->b);
+    CHECK(!sh_alive(&s->lead, slot));
+    CHECK_OK(sh_reap(&s->lead, slot, 0, &reaped)); /* its lease has time left */
+    CHECK(reaped.pins == N && reaped.leases == 0 && !reaped.done);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK(live_blocks(&s->a) == N / 10 + 1);
+    CHECK_OK(sh_reap(&s->lead, slot, UINT64_MAX, &reaped));
+    CHECK(reaped.leases == 1 && reaped.done);
+    CHECK(atomic_load(&sh_slot(&s->lead, slot)->state) == SH_SLOT_FREE);
+    CHECK_IS(handle_open(&s->a, &lease, &r), SH_STALE);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] != SH_NIL);
+    struct sh_ref *again = calloc(N, sizeof *again); /* orphans first, before new pages */
+    for (uint32_t i = 0; i < N - N / 10; i++)
+        again[i] = block_new(&s->a, 200);
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] == SH_NIL);
+    CHECK(atomic_load(&s->a.hdr->inuse_pages) <= inuse + 2);
+    for (uint32_t i = 0; i < N / 10; i++) {
+        uint32_t len = (uint32_t)snprintf(name, sizeof name, "%u", i);
+        CHECK_OK(sh_root_get(&s->a, name, len, 1000, &kept[i]));
+        CHECK(all_are(&kept[i], (uint8_t)(10 * i)));
+        CHECK_OK(sh_root_clear(&s->a, name, len, 1000));
+        block_drop(&s->a, &kept[i]);
+    }
+    for (uint32_t i = 0; i < N - N / 10; i++)
+        block_drop(&s->a, &again[i]);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    free(again);
+    stage_end(s);
+}
+
+/* A dead holder of a process lock is followed by whoever waits: here by the coordinator. */
+static void test_dead_in_an_operation(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->b, 100);
+    CHECK_OK(sh_enter(&s->b, 1000));
+    sh_pin_clear(&s->b, r.pin); /* dies after its pin was cleared, before the count went down */
+    struct sh_slot *slot = s->b.slot;
+    uint32_t index = s->b.slot_index;
+    sh_leave(&s->b);
+    atomic_store(&sh_slot(&s->lead, index)->lock, s->b.owner | 1);
+    (void)slot;
+    arena_die(&s->b);
+    CHECK(collect(&s->lead) == 1);
+    reap_dead(&s->lead, UINT64_MAX);
+    must_be_empty(&s->lead);
+    arena_join(&s->b, s->fd);
+    CHECK(s->b.slot_index == index);
+    r = block_new(&s->b, 100); /* the slot's lock serves its next user */
+    block_drop(&s->b, &r);
+    stage_end(s);
+}
+
+/* Holes: whole OS pages between blocks that live */
+
+static void test_holes(void)
+{
+    enum { N = 4096 };
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref *r = calloc(N, sizeof *r);
+    for (uint32_t i = 0; i < N; i++) {
+        r[i] = block_new(&s->a, 256);
+        memset(r[i].data, (uint8_t)(i | 1), 256);
+    }
+    for (uint32_t i = 0; i < N; i++)
+        if (i % 64 != 0)
+            block_drop(&s->a, &r[i]);
+    uint64_t before = atomic_load(&s->a.hdr->committed_units);
+    collect(&s->lead);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK(release_all(&s->lead) > 0);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    kernel_must_agree(&s->a);
+    uint64_t after = atomic_load(&s->a.hdr->committed_units);
+    CHECK(after <= N / 64 + 16 && after < before / 3);
+    for (uint32_t i = 0; i < N; i++) { /* into the holes again */
+        if (i % 64 == 0)
+            continue;
+        r[i] = block_new(&s->a, 256);
+        CHECK(all_are(&r[i], 0));
+        memset(r[i].data, (uint8_t)(i | 1), 256);
+        if (i % 512 == 100)
+            collect(&s->lead);
+        if (i % 512 == 300)
+            release_all(&s->lead);
+    }
+    must_be_sound(&s->a, EXACT_COUNTS);
+    kernel_must_agree(&s->a);
+    for (uint32_t i = 0; i < N; i++) {
+        CHECK(all_are(&r[i], (uint8_t)(i | 1)));
+        block_drop(&s->a, &r[i]);
+    }
+    free(r);
+    stage_end(s);
+}
+
+/* Blocks that lie across OS pages, of every class: a hole is none of theirs. */
+static void test_holes_of_every_class(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct rng rng = {test_seed()};
+    for (uint32_t k = 0; k < SH_NCLASSES; k++) {
+        uint32_t n = 3 * sh_classes[k].nblocks, size = sh_classes[k].size;
+        struct sh_ref *r = calloc(n, sizeof *r);
+        bool *there = calloc(n, sizeof *there);
+        for (int round = 0; round < 3; round++) {
+            for (uint32_t i = 0; i < n; i++) {
+                if (there[i])
+                    continue;
+                r[i] = block_new(&s->a, size);
+                memset(r[i].data, (uint8_t)(i + 1), size);
+                there[i] = true;
+            }
+            for (uint32_t i = 0; i < n; i++) {
+                CHECK(all_are(&r[i], (uint8_t)(i + 1)));
+                if (rng_below(&rng, 8) != 0) {
+                    block_drop(&s->a, &r[i]);
+                    there[i] = false;
+                }
+            }
+            collect(&s->lead);
+            release_all(&s->lead);
+            kernel_must_agree(&s->a);
+            must_be_sound(&s->a, EXACT_COUNTS);
+        }
+        for (uint32_t i = 0; i < n; i++)
+            if (there[i])
+                block_drop(&s->a, &r[i]);
+        free(r);
+        free(there);
+    }
+    stage_end(s);
+}
+
+/* Limits */
+
+static uint32_t fill_up(struct sh_ctx *c, uint64_t nbytes, struct sh_ref *r, enum sh_status *why)
+{
+    uint32_t n = 0;
+    while ((*why = sh_alloc(c, nbytes, false, 1000, &r[n])) == SH_OK)
+        n++;
+    return n;
+}
+
+static void test_memory_limit(void)
+{
+    static const uint32_t sizes[] = {100, 5000, 65536, 300000};
+    const uint64_t LIMIT = 2 << 20;
+    struct stage *s = stage_new(64 << 20, LIMIT);
+    struct sh_ref *r = calloc(LIMIT / 100, sizeof *r);
+    for (uint32_t i = 0; i < 4; i++) {
+        enum sh_status why;
+        uint32_t n = fill_up(&s->a, sizes[i], r, &why);
+        CHECK_IS(why, SH_LIMIT);
+        CHECK((n + 6) * (uint64_t)sizes[i] > LIMIT / 2);
+        must_be_sound(&s->a, EXACT_COUNTS);
+        kernel_must_agree(&s->a);
+        CHECK(atomic_load(&s->a.hdr->committed_units) << s->a.geo.unit_shift <= LIMIT);
+        for (uint32_t j = 0; j < n; j++)
+            block_drop(&s->a, &r[j]);
+        collect(&s->lead);
+        release_all(&s->lead);
+        must_be_sound(&s->a, EXACT_COUNTS);
+    }
+    free(r);
+    stage_end(s);
+}
+
+static void test_capacity(void)
+{
+    static const uint32_t sizes[] = {100, 5000, 65536, 300000};
+    enum { CAPACITY = 2 << 20 };
+    struct stage *s = stage_new(CAPACITY, NO_LIMIT);
+    struct sh_ref *r = calloc(CAPACITY / 100, sizeof *r);
+    for (uint32_t i = 0; i < 4; i++) {
+        enum sh_status why;
+        uint32_t n = fill_up(&s->a, sizes[i], r, &why);
+        CHECK_IS(why, SH_FULL);
+        CHECK((n + 6) * (uint64_t)sizes[i] > CAPACITY / 2);
+        CHECK_IS(sh_alloc(&s->a, CAPACITY + 1, false, 1000, &r[n]), SH_FULL);
+        must_be_sound(&s->a, EXACT_COUNTS);
+        for (uint32_t j = 0; j < n; j++)
+            block_drop(&s->a, &r[j]);
+        collect(&s->lead); /* what the one process keeps empty is in the other's way */
+        must_be_sound(&s->a, EXACT_COUNTS);
+    }
+    free(r);
+    stage_end(s);
+}
+
+/* Counts and generations at their ends */
+
+static void test_saturated_count(void)
+{
+    enum { N = SH_COUNT_MAX + 10 };
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 100), *pins = calloc(N, sizeof *pins);
+    for (uint32_t i = 0; i < N; i++)
+        CHECK_OK(sh_repin(&s->a, &r, 1000, &pins[i]));
+    CHECK(SH_COUNT(atomic_load(r.word)) == SH_COUNT_MAX);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    for (uint32_t i = 0; i < N; i++)
+        block_drop(&s->a, &pins[i]);
+    CHECK(SH_COUNT(atomic_load(r.word)) == SH_COUNT_MAX); /* it sticks */
+    CHECK(collect(&s->lead) == 0);
+    struct handle h = handle_of(&s->a, &r);
+    block_drop(&s->a, &r);
+    CHECK(live_blocks(&s->a) == 1);
+    CHECK(collect(&s->lead) == 1); /* only the collector frees such a block */
+    must_be_empty(&s->a);
+    CHECK_IS(handle_open(&s->b, &h, &r), SH_STALE);
+    free(pins);
+    stage_end(s);
+}
+
+static void test_generations_run_out(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref first = block_new(&s->a, 64), r, more[200];
+    block_drop(&s->a, &first);
+    uint64_t off = sh_data_offset(&s->a, &first);
+    atomic_store(first.word, SH_BLOCK_WORD(SH_BLOCK_FREE, SH_GEN_MAX - 1));
+    r = block_new(&s->a, 64);
+    CHECK(sh_data_offset(&s->a, &r) == off && r.gen == SH_GEN_MAX - 1);
+    block_drop(&s->a, &r); /* the last one that this block can have */
+    for (uint32_t i = 0; i < 200; i++) {
+        more[i] = block_new(&s->a, 64);
+        CHECK(sh_data_offset(&s->a, &more[i]) != off);
+    }
+    for (uint32_t i = 0; i < 200; i++)
+        block_drop(&s->a, &more[i]);
+    collect(&s->lead);
+    CHECK(SH_SPAN_STATE(sh_span(&s->a, first.page)) == SH_RETIRED);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    release_all(&s->lead);
+    CHECK(atomic_load(&s->a.hdr->inuse_pages) >= 1); /* the page stays out of use for ever */
+    for (uint32_t i = 0; i < 200; i++) {
+        more[i] = block_new(&s->a, 8192);
+        CHECK(more[i].page != first.page);
+    }
+    arena_leave(&s->a);
+    reap_dead(&s->lead, UINT64_MAX);
+    must_be_empty(&s->lead);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+    arena_leave(&s->b);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
+static void test_large_generations_run_out(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 100000), small[600];
+    uint32_t page = r.page;
+    block_drop(&s->a, &r);
+    atomic_store(&sh_page(&s->a, page)->mark, SH_GEN_MAX - 1);
+    r = block_new(&s->a, 100000);
+    CHECK(r.page == page && r.gen == SH_GEN_MAX - 1);
+    block_drop(&s->a, &r);
+    for (uint32_t i = 0; i < 600; i++) { /* cut into small ones, or not at all */
+        small[i] = block_new(&s->a, i % 2 ? 8000 : 16);
+        CHECK(small[i].gen < SH_GEN_MAX && small[i].data < sh_data(&s->a, page) + (600 << 13));
+    }
+    r = block_new(&s->a, 100000);
+    CHECK(r.page != page);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    arena_leave(&s->a);
+    arena_leave(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    must_be_empty(&s->lead);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
+/* A large run whose block does not live: a death between the two. */
+static void test_lost_large_block(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->b, 100000), kept = block_new(&s->a, 100000);
+    struct handle h = handle_of(&s->b, &r);
+    uint32_t page = r.page;
+    CHECK_OK(sh_enter(&s->b, 1000));
+    sh_pin_clear(&s->b, r.pin);
+    CHECK(sh_count_down(r.word, r.gen, 0) == SH_FREED); /* and dies here */
+    sh_leave(&s->b);
+    arena_die(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    CHECK(SH_SPAN_STATE(sh_span(&s->a, page)) == SH_LARGE);
+    collect(&s->lead);
+    CHECK(SH_SPAN_STATE(sh_span(&s->a, page)) != SH_LARGE);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    CHECK(live_blocks(&s->a) == 1);
+    r = block_new(&s->a, 100000); /* at the same place, not under the same handle */
+    CHECK(r.page == page && r.gen > h.gen);
+    block_drop(&s->a, &r);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* Another coordinator goes on where the first one left; what was counted stays counted. */
+static void test_succession(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r[100];
+    for (uint32_t i = 0; i < 100; i++) {
+        r[i] = block_new(&s->a, 1000);
+        if (i % 2) { /* its pin gets lost: the collector's */
+            CHECK_OK(sh_enter(&s->a, 1000));
+            sh_pin_clear(&s->a, r[i].pin);
+            sh_pin_free(&s->a, r[i].pin);
+            sh_leave(&s->a);
+        }
+    }
+    CHECK(collect(&s->lead) == 50);
+    CHECK(sh_heap_objects(&s->lead) == 50 && sh_heap_alloc(&s->lead) == 50000);
+    struct sh_ctx second;
+    CHECK_OK(sh_map(&second, dup(s->fd), true));
+    CHECK_IS(sh_attach_coordinator(&second, 1000), SH_CHANGED);
+    sh_unmap(&second);
+    arena_die(&s->lead);
+    arena_lead(&s->lead, s->fd);
+    CHECK(sh_heap_objects(&s->lead) == 50 && sh_heap_alloc(&s->lead) == 50000);
+    for (uint32_t i = 0; i < 100; i += 2)
+        block_drop(&s->a, &r[i]);
+    stage_end(s);
+}
+
+int main(void)
+{
+    static const struct test tests[] = {
+        {"every_size", test_every_size},
+        {"full_spans", test_full_spans},
+        {"generations_never_repeat", test_generations_never_repeat},
+        {"senseless_handles", test_senseless_handles},
+        {"leases", test_leases},
+        {"many_leases", test_many_leases},
+        {"lease_of_another_block", test_lease_of_another_block},
+        {"names", test_names},
+        {"remote_free", test_remote_free},
+        {"remote_free_of_classes_64_apart", test_remote_free_of_classes_64_apart},
+        {"empty_spans_go_back", test_empty_spans_go_back},
+        {"orphans", test_orphans},
+        {"dead_in_an_operation", test_dead_in_an_operation},
+        {"holes", test_holes},
+        {"holes_of_every_class", test_holes_of_every_class},
+        {"memory_limit", test_memory_limit},
+        {"capacity", test_capacity},
+        {"saturated_count", test_saturated_count},
+        {"generations_run_out", test_generations_run_out},
+        {"large_generations_run_out", test_large_generations_run_out},
+        {"lost_large_block", test_lost_large_block},
+        {"succession", test_succession},
+    };
+    return test_main("blocks", tests, sizeof tests / sizeof tests[0]);
+}

@@ -1,0 +1,104 @@
+"""The benchmark tool: what its JSON has. Not what it measures: a benchmark is not a test."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def run_bench(*arguments: str) -> Any:
+    command = [sys.executable, "-P", str(TOOLS / "bench.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(TOOLS / "bench"))
+    return importlib.import_module("bench_common")
+
+
+def check_frame(found: Any, command: str) -> None:
+    assert found["command"] == command
+    assert {"cpus", "kernel", "python", "numpy", "shmheap", "load"} <= found["machine"].keys()
+    fields = {"what", "value", "unit", "must", "aim", "at_least", "reached"}
+    assert found["rows"]
+    assert all(fields == row.keys() for row in found["rows"])
+
+
+def test_alloc_has_every_part() -> None:
+    found = run_bench("alloc", "--quick", "--json")
+    check_frame(found, "alloc")
+    assert list(found["peers"]) == ["64", "1024", "4096", "65536", "1048576"]
+    for peer in found["peers"].values():
+        names = {"shmheap", "shmheap dirty", "bytearray", "multiprocessing.heap", "SharedMemory"}
+        assert names <= peer["ns"].keys() == peer["best_ns"].keys()
+        assert "shmheap / bytearray" in peer["ratios"]
+    scaling = found["scaling"]
+    assert "skipped" in scaling or {"quotient", "quotient_cpu", "blocked"} <= scaling.keys()
+    for points in found["free_spans"].values():
+        assert [point["free_spans"] for point in points] == [10, 100]
+        assert points[0]["ratio"] == 1
+    pages = found["free_spans_c"]
+    assert "skipped" in pages or [run["free_spans"] for run in pages["runs"]] == [10, 100]
+
+
+def test_memory_has_every_part() -> None:
+    found = run_bench("memory", "--quick", "--json")
+    check_frame(found, "memory")
+    assert len(found["held"]) == 3
+    for part in found["held"]:
+        assert part["filled_bytes"] >= found["total_bytes"]
+        assert 0 <= part["share"] < 1
+    assert {"bytearray (malloc)", "multiprocessing.heap"} == {
+        peer["name"] for peer in found["peers_held"]
+    }
+    assert found["release"]["released_bytes"] >= found["total_bytes"]
+    assert found["metadata"]["in_use_bytes"] == found["total_bytes"]
+    assert found["create"]["ms"] > 0
+    assert found["mismatched_pages"] == 0
+
+
+def test_a_command_is_needed() -> None:
+    command = [sys.executable, str(TOOLS / "bench.py")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2
+
+
+def test_each_loop_has_its_own_code(common: Any) -> None:
+    assert common.new_loop().__code__ is not common.new_loop().__code__
+
+
+def test_a_loop_calls_as_often_as_asked(common: Any) -> None:
+    seen: list[object] = []
+    common.new_loop()(seen.append, 7, 3)
+    common.new_loop(dirty=True)(lambda n, zero: seen.append((n, zero)), 8, 2)
+    assert seen == [7, 7, 7, (8, False), (8, False)]
+
+
+def test_a_ratio_is_the_median_of_the_rounds(common: Any) -> None:
+    assert common.ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("value", "must", "at_least", "reached"),
+    [
+        (1.0, 1.3, False, True),
+        (1.4, 1.3, False, False),
+        (21, 20, True, True),
+        (9, None, True, None),
+    ],
+)
+def test_a_row_says_whether_it_is_reached(
+    common: Any, value: float, must: float | None, at_least: bool, reached: bool | None
+) -> None:
+    row = common.Row("what", value, must, at_least=at_least)
+    assert row.as_json()["reached"] is reached
