@@ -8,12 +8,15 @@ the header.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import posix_ipc
 
 from shmheap import _core
 from shmheap.config import Config
@@ -30,6 +33,7 @@ __all__ = [
     "find_arenas",
     "open_arena",
     "random_name",
+    "remove",
 ]
 
 DIRECTORY = "/dev/shm"
@@ -174,6 +178,15 @@ def _trust(fd: int, path: str) -> None:
     if found.st_mode & 0o077:
         mode = stat.S_IMODE(found.st_mode)
         raise UntrustedArena(f"{path} may be opened by others (mode {mode:o}, not 600)")
+
+
+def remove(path: str, file: os.stat_result, nonce: int) -> None:
+    """Remove an arena's name, unless it is another arena's by now, and its doorbell. Idempotent."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(file, os.stat(path, follow_symlinks=False)):
+            os.unlink(path)
+    with contextlib.suppress(posix_ipc.ExistentialError):
+        posix_ipc.unlink_semaphore(bell_name(nonce))
 
 
 def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:

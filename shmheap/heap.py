@@ -144,7 +144,7 @@ class Heap(HeapBase):
         heap = cls()
         heap.name = name
         heap._path = path
-        bell = _Bell(path)
+        bell = _Bell(path, os.fstat(fd))
         try:
             if not heap._attach(fd, path, bell.ring):
                 _finish_closing(fd, path)
@@ -153,6 +153,7 @@ class Heap(HeapBase):
             os.close(fd)
         heap._nonce = heap.nonce
         heap._config = Config.from_json(heap._config_bytes())
+        heap._keep(heap._config.keep)
         bell.serve(heap.nonce, heap._config)
         bell.ring(heap._coordinator_alive())
         _open_heaps.add(heap)
@@ -241,7 +242,7 @@ class Heap(HeapBase):
         if kind.hasobject:
             raise ValueError("objects cannot be shared: choose a dtype without object")
         nbytes = math.prod((shape,) if isinstance(shape, int) else shape) * kind.itemsize
-        found: NDArray[Any] = numpy.ndarray(shape, kind, buffer=self.alloc(nbytes))
+        found: NDArray[Any] = numpy.ndarray(shape, kind, buffer=memoryview(self.alloc(nbytes)))
         return found
 
     # The coordinator's services
@@ -329,8 +330,9 @@ class Heap(HeapBase):
 class _Bell:
     """Rings the coordinator's doorbell, and starts a successor where there is none (I-9)."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: os.stat_result) -> None:
         self._path = path
+        self._file = file
         self._semaphore: posix_ipc.Semaphore | None = None
         self._serving: tuple[int, Config] | None = None
 
@@ -338,19 +340,29 @@ class _Bell:
         """Say whose bell it is: known only once the arena is mapped."""
         self._serving = nonce, config
 
-    def ring(self, alive: bool) -> None:
-        """Wake the coordinator; `alive`: whether its lock says that there is one."""
+    def ring(self, alive: bool, over: bool = False) -> None:
+        """Wake the coordinator.
+
+        Args:
+            alive: Whether its lock says that there is one.
+            over: The heap is closed for ever, by us: remove its names, should the coordinator not.
+        """
         if self._serving is None:
             return
         nonce, config = self._serving
-        if not alive:
+        if alive:
+            self._release(arena.bell_name(nonce))
+        elif not over:
             from shmheap.coordinator.process import ensure_running
 
-            ensure_running(self._path, config)
-            return  # it looks at everything when it starts
+            ensure_running(self._path, config)  # it looks at everything when it starts
+        if over:
+            arena.remove(self._path, self._file, nonce)
+
+    def _release(self, name: str) -> None:
         try:
             if self._semaphore is None:
-                self._semaphore = posix_ipc.Semaphore(arena.bell_name(nonce))
+                self._semaphore = posix_ipc.Semaphore(name)
             self._semaphore.release()
         except posix_ipc.ExistentialError:
             self._semaphore = None  # it is about to start, and looks at everything then

@@ -22,12 +22,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from shmheap.cli.signals import INTERRUPTED
 from shmheap.errors import HeapError
 
 __all__ = ["main"]
 
 FAILED = 2
-INTERRUPTED = 130  # as a shell says that SIGINT ended a command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

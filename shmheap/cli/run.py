@@ -15,7 +15,7 @@ from contextlib import suppress
 import posix_ipc
 
 from shmheap import _core, arena
-from shmheap.cli.signals import uninterrupted
+from shmheap.cli.signals import INTERRUPTED, uninterrupted
 from shmheap.config import Config, parse_size
 from shmheap.coordinator.process import is_detached
 from shmheap.coordinator.process import main as coordinate
@@ -30,14 +30,14 @@ def run(options: argparse.Namespace) -> int:
     path = name if name.startswith("/") else arena.file_path(name, options.directory)
     foreground = not is_detached()
     made = False
-    try:
+    status = INTERRUPTED
+    with suppress(KeyboardInterrupt):  # before the coordinator handles it
         if foreground:
             with uninterrupted():
                 made = _make(path, options)
         status = coordinate(path, foreground=foreground)
-    finally:
-        if made:
-            _remove_unused(path)
+    if made:  # not in a finally: an exception would keep the coordinator's hold on the heap
+        _remove_unused(path)
     if options.json:
         print(json.dumps({"name": name, "path": path, "made": made, "exit_status": status}))
     return status
@@ -73,4 +73,3 @@ def _remove_unused(path: str) -> None:
         if steward.try_close():
             os.unlink(path)
             posix_ipc.unlink_semaphore(arena.bell_name(steward.nonce))
-

@@ -6,7 +6,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["uninterrupted"]
+__all__ = ["INTERRUPTED", "uninterrupted"]
+
+INTERRUPTED = 130
+"""Exit status; as a shell says that SIGINT ended a command."""
 
 
 @contextmanager

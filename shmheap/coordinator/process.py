@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 import posix_ipc
 
 from shmheap import _core
-from shmheap.arena import bell_name, open_arena
+from shmheap.arena import bell_name, open_arena, remove
 from shmheap.config import Config
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.pacing import next_gc_bytes
@@ -102,7 +102,7 @@ def main(heap: str, *, foreground: bool) -> int:
             return 1
         log.info("%s: %s", path, outcome.value)
     if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):
-        _unlink(arena_fd, path, bell_name(steward.nonce))
+        remove(path, os.fstat(arena_fd), steward.nonce)
     return 0
 
 
@@ -188,15 +188,6 @@ def _environment_says_trace() -> bool:
 def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
     """Return whether a heap that was to be kept was unlinked and has no users either."""
     return os.fstat(arena_fd).st_nlink == 0 and steward.try_close()
-
-
-def _unlink(arena_fd: int, path: str, bell: str) -> None:
-    """Remove the arena's name, unless another heap has it by now, and its doorbell."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(arena_fd), os.stat(path, follow_symlinks=False)):
-            os.unlink(path)
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_semaphore(bell)
 
 
 def _is_null_device(fd: int) -> bool:

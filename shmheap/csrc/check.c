@@ -284,15 +284,10 @@ static enum sh_status add_span(struct checker *k, struct holders *a, uint32_t pa
 static bool add_roots(struct checker *k, struct holders *a)
 {
     const struct sh_root *roots = (const struct sh_root *)(k->c->base + k->c->geo.roots);
-    uint64_t used = k->c->hdr->roots_used;
-    for (uint32_t b = 0; b < SH_ROOT_BUCKETS; b++) {
-        uint64_t entry = k->c->hdr->root_buckets[b];
-        for (uint64_t i = 0; entry < used && entry < SH_MAX_ROOTS && i <= used; i++) {
-            if (!look_at(k, a, &roots[entry].cell, SH_NIL, true))
-                return false;
-            entry = roots[entry].next;
-        }
-    }
+    uint64_t used = atomic_load_explicit((_Atomic uint64_t *)&k->c->hdr->roots_used, ACQ);
+    for (uint64_t i = 0; i < used && i < SH_MAX_ROOTS; i++) /* one without a name has no cell */
+        if (!look_at(k, a, &roots[i].cell, SH_NIL, true))
+            return false;
     return true;
 }
 

@@ -15,16 +15,6 @@
 #define PATIENCE_MS 10000 /* for a process that was stopped inside an operation */
 #define BATCH       32u   /* runs taken from the page heap at a time, and given back together */
 
-enum sh_status sh_registry(struct sh_ctx *c, int wait_ms)
-{
-    enum sh_status status = sh_lock(c, &c->hdr->registry, wait_ms);
-    if (status == SH_CHANGED) { /* nothing under it is logged, so nothing is torn */
-        sh_lock_rebuilt(&c->hdr->registry);
-        status = SH_OK;
-    }
-    return status;
-}
-
 static uint32_t slots_used(const struct sh_ctx *c)
 {
     uint32_t n = atomic_load_explicit(&c->hdr->slots_used, ACQ);

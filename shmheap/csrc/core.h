@@ -148,6 +148,7 @@ void sh_lock_init(struct sh_lock *, uint32_t rank);
 enum sh_status sh_lock(struct sh_ctx *, struct sh_lock *, int wait_ms);
 void sh_unlock(struct sh_ctx *, struct sh_lock *);
 void sh_lock_rebuilt(struct sh_lock *);
+enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
 enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
 void sh_process_unlock(struct sh_slot *);
 void sh_poison(struct sh_ctx *);
@@ -245,7 +246,6 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
     return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) + (pin & ((1u << shift) - 1));
 }
 /* coord.c */
-enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
 enum sh_status sh_give_all(struct sh_ctx *);
 uint64_t sh_heap_alloc(const struct sh_ctx *);   /* bytes in live blocks, from the counters */

@@ -185,6 +185,17 @@ void sh_unlock(struct sh_ctx *c, struct sh_lock *l)
     pthread_mutex_unlock(&l->mutex);
 }
 
+/* The registry lock. Nothing under it is logged, so no death can tear it. */
+enum sh_status sh_registry(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status status = sh_lock(c, &c->hdr->registry, wait_ms);
+    if (status == SH_CHANGED) { /* nothing under it is logged, so nothing is torn */
+        sh_lock_rebuilt(&c->hdr->registry);
+        status = SH_OK;
+    }
+    return status;
+}
+
 void sh_lock_rebuilt(struct sh_lock *l)
 {
     sh_commit(l);

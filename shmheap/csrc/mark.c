@@ -106,7 +106,7 @@ static uint64_t shade_cells(struct sh_ctx *c, uint32_t page, uint32_t kind)
 
 static uint64_t shade_roots(struct sh_ctx *c)
 {
-    uint64_t n = 0, used = *(volatile uint64_t *)&c->hdr->roots_used;
+    uint64_t n = 0, used = atomic_load_explicit((_Atomic uint64_t *)&c->hdr->roots_used, ACQ);
     const struct sh_root *roots = (const struct sh_root *)(c->base + c->geo.roots);
     for (uint64_t i = 0; i < used && i < SH_MAX_ROOTS; i++)
         n += shade(c, atomic_load_explicit(&roots[i].cell, ACQ));

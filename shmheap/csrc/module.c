@@ -28,7 +28,7 @@
 struct box {
     struct sh_ctx ctx;
     Py_ssize_t refs, exports, calls; /* heaps and blocks; exported buffers; threads inside */
-    bool closed, attached;
+    bool closed, attached, keep; /* keep: the last user does not close the heap */
     PyObject *path, *bell; /* str; callable that rings the doorbell */
     struct box *next;
 };
@@ -66,26 +66,33 @@ static void box_leave_list(struct box *b)
         }
 }
 
-/* Calls the bell if there is something new for the coordinator, and says whether there is one. */
+/* bell(alive, over): is there a coordinator, and is the heap closed for ever? */
+static int call_bell(struct box *b, bool over)
+{
+    PyObject *alive = sh_alive(&b->ctx, 0) ? Py_True : Py_False;
+    PyObject *done = PyObject_CallFunctionObjArgs(b->bell, alive, over ? Py_True : Py_False, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* Calls the bell if there is something new for the coordinator. */
 static int ring(struct box *b)
 {
     if (__builtin_expect(!b->ctx.ring, 1) || b->bell == NULL)
         return 0;
     b->ctx.ring = false;
-    PyObject *done =
-        PyObject_CallFunctionObjArgs(b->bell, sh_alive(&b->ctx, 0) ? Py_True : Py_False, NULL);
-    Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    return call_bell(b, false);
 }
 
 /* The same where nobody could be told of an error: the coordinator looks again at its next turn. */
-static void ring_quietly(struct box *b)
+static void ring_quietly(struct box *b, bool over)
 {
     PyObject *type, *value, *trace;
-    if (!b->ctx.ring)
+    if ((!b->ctx.ring && !over) || b->bell == NULL)
         return;
+    b->ctx.ring = false;
     PyErr_Fetch(&type, &value, &trace);
-    if (ring(b) != 0)
+    if (call_bell(b, over) != 0)
         PyErr_Clear();
     PyErr_Restore(type, value, trace);
 }
@@ -97,9 +104,9 @@ static void box_settle(struct box *b)
         b->attached = false;
         box_leave_list(b);
         if (b->ctx.slot != NULL) {
-            sh_detach(&b->ctx);
+            bool over = sh_detach(&b->ctx, b->keep);
             b->ctx.ring = true; /* who leaves looks whether there is a coordinator (I-9) */
-            ring_quietly(b);
+            ring_quietly(b, over);
         }
         sh_unmap(&b->ctx);
     }
@@ -245,7 +252,7 @@ static void block_release(Block *self)
         if (b->closed)
             box_settle(b);
     }
-    ring_quietly(b);
+    ring_quietly(b, false);
 }
 
 static void block_dealloc(Block *self)
@@ -580,6 +587,7 @@ static PyObject *heap_attach(Heap *self, PyObject *args)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
     }
     b->bell = Py_NewRef(bell);
+    b->keep = true; /* until we know */
     b->next = state->boxes;
     state->boxes = b;
     self->box = b;
@@ -1094,6 +1102,15 @@ static PyObject *heap_fileno(Heap *self, PyObject *unused)
     return box_usable(self->box) ? PyLong_FromLong(self->box->ctx.fd) : NULL;
 }
 
+static PyObject *heap_keep(Heap *self, PyObject *args)
+{
+    int keep;
+    if (!PyArg_ParseTuple(args, "p:_keep", &keep) || !box_usable(self->box))
+        return NULL;
+    self->box->keep = keep != 0;
+    Py_RETURN_NONE;
+}
+
 static PyObject *header_number(struct box *b, uint64_t value)
 {
     return b != NULL && b->attached ? PyLong_FromUnsignedLongLong(value) : fail(b, SH_CLOSED);
@@ -1166,6 +1183,7 @@ static PyMethodDef heap_methods[] = {
     {"_wait_memory", (PyCFunction)heap_wait_memory, METH_VARARGS, NULL},
     {"_want", (PyCFunction)heap_want, METH_VARARGS, NULL},
     {"_coordinator_alive", (PyCFunction)heap_coordinator_alive, METH_NOARGS, NULL},
+    {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
     {"_mark_unlinked", (PyCFunction)heap_mark_unlinked, METH_NOARGS, NULL},
     {"_config_bytes", (PyCFunction)heap_config, METH_NOARGS, NULL},
@@ -1696,7 +1714,7 @@ static PyObject *core_after_fork_parent(PyObject *self, PyObject *unused)
     (void)self, (void)unused;
     for (struct box *b = state->boxes; b != NULL; b = b->next) {
         sh_fork_parent(&b->ctx);
-        ring_quietly(b);
+        ring_quietly(b, false);
     }
     Py_RETURN_NONE;
 }
@@ -1707,7 +1725,7 @@ static PyObject *core_after_fork_child(PyObject *self, PyObject *unused)
     for (struct box *b = state->boxes; b != NULL; b = b->next) {
         b->calls = 0; /* the threads that were inside are not here */
         sh_fork_child(&b->ctx);
-        ring_quietly(b);
+        ring_quietly(b, false);
     }
     Py_RETURN_NONE;
 }

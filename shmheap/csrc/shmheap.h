@@ -86,15 +86,15 @@ struct sh_ctx {
     struct sh_pspan **pin_spans; /* by number; private, sparse: see sh_pin_cell */
     uint32_t npin_spans;
     uint32_t deferred;  /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
-    uint32_t ndeferred; /* how many */
+    _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
     uint32_t held; /* locks held, by rank; debug builds */
-    bool ring_waiters; /* something was freed while others wait for memory */
-    bool ring;     /* the coordinator has something new to do: ring its bell */
+    _Atomic bool ring_waiters; /* something was freed while others wait for memory */
+    _Atomic bool ring;     /* the coordinator has something new to do: ring its bell */
     bool recount;  /* coordinator: somebody died since the counters were last put right */
     uint32_t release_next; /* coordinator: page at which the release walk goes on */
     uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
-    uint32_t roots_committed; /* entries below are known to be committed */
+    _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;     /* SH_UNTRUSTED: what is wrong */
     struct sh_ctx *child;       /* between the hooks of a fork */
 };
@@ -120,7 +120,7 @@ void sh_unmap(struct sh_ctx *);
 /* slots.c: processes, pins, leases */
 enum sh_status sh_attach(struct sh_ctx *, int wait_ms);
 enum sh_status sh_attach_coordinator(struct sh_ctx *, int wait_ms);
-void sh_detach(struct sh_ctx *);
+bool sh_detach(struct sh_ctx *, bool keep); /* true: the heap is closed for ever, unlink it */
 bool sh_alive(struct sh_ctx *, uint32_t slot);
 enum sh_status sh_fork_prepare(struct sh_ctx *);
 void sh_fork_parent(struct sh_ctx *);

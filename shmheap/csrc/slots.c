@@ -38,11 +38,7 @@ static void init_slot(struct sh_ctx *c, struct sh_slot *s)
 static enum sh_status register_slot(struct sh_ctx *c, uint32_t slot, int wait_ms)
 {
     struct sh_slot *s = sh_slot(c, slot);
-    enum sh_status status = sh_lock(c, &c->hdr->registry, wait_ms);
-    if (status == SH_CHANGED) {
-        sh_lock_rebuilt(&c->hdr->registry); /* nothing of it is logged */
-        status = SH_OK;
-    }
+    enum sh_status status = sh_registry(c, wait_ms);
     if (status != SH_OK)
         return status;
     uint32_t used = atomic_load(&c->hdr->slots_used);
@@ -109,14 +105,33 @@ enum sh_status sh_attach_coordinator(struct sh_ctx *c, int wait_ms)
     return try_slot(c, 0, false, wait_ms);
 }
 
-/* Leaves. Pins, leases and spans that are left are the reaper's. */
-void sh_detach(struct sh_ctx *c)
+/* Under the registry lock: a slot of ours that nobody unpickles from is as good as free, so if it is the
+ * last one the heap may close here and now. */
+static bool close_if_last(struct sh_ctx *c)
 {
+    bool last = atomic_load(&c->slot->leases) == 0;
+    if (sh_registry(c, 1000) != SH_OK)
+        return false;
+    for (uint32_t i = 1; last && i < atomic_load(&c->hdr->slots_used); i++)
+        last = i == c->slot_index || atomic_load(&sh_slot(c, i)->state) == SH_SLOT_FREE;
+    if (last)
+        atomic_store(&c->hdr->closing, 1);
+    sh_unlock(c, &c->hdr->registry);
+    return last;
+}
+
+/* Leaves. Pins, leases and spans that are left are the reaper's. Unless the heap is to be kept, the last
+ * user closes it for ever and may then unlink it: should the coordinator die in this moment, nobody else
+ * would. True: we did. */
+bool sh_detach(struct sh_ctx *c, bool keep)
+{
+    bool closed = false;
     if (c->slot == NULL)
-        return;
+        return false;
     while (sh_flush(c, 1000) == SH_BUSY) {
     }
     if (c->slot_index != 0) {
+        closed = !keep && close_if_last(c);
         atomic_store(&c->slot->state, SH_SLOT_DETACHED);
         sh_want(c, SH_WANT_LEAVE);
     }
@@ -124,6 +139,7 @@ void sh_detach(struct sh_ctx *c)
     c->slot = NULL;
     sh_os_let_go(c->alive);
     c->alive = NULL;
+    return closed;
 }
 
 /* Asking the coordinator */

@@ -461,7 +461,7 @@ static enum sh_status adopt(struct sh_ctx *c, uint32_t kind, int wait_ms, uint32
 {
     uint64_t *list = &c->hdr->orphans[kind];
     *page = SH_NIL;
-    if (*(volatile uint64_t *)list == SH_NIL)
+    if (atomic_load_explicit((_Atomic uint64_t *)list, RLX) == SH_NIL)
         return SH_OK;
     enum sh_status s = sh_heap_lock(c, wait_ms);
     if (s != SH_OK)

@@ -78,6 +78,7 @@ bool child_survives(void (*run)(void *), void *arg, const char *point, uint32_t 
 /* The second opinion, at a quiet moment */
 enum { EXACT_COUNTS = 1 }; /* nobody died: each count is that of its holders */
 void must_be_sound(struct sh_ctx *, uint32_t flags);
+void test_say(void *violations, const char *invariant, const char *what); /* for sh_check */
 void must_be_empty(struct sh_ctx *); /* no block lives */
 uint64_t live_blocks(struct sh_ctx *);
 void kernel_must_agree(struct sh_ctx *);

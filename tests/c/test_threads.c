@@ -278,6 +278,11 @@ static void lead_on(struct play *p)
             arena_share(&p->lead, &p->anchor);
         }
         collect(&p->lead);
+        if (round % 16 == 5) {
+            uint32_t violations = 0;
+            CHECK_OK(sh_check(&p->lead, test_say, &violations));
+            CHECK(violations == 0); /* at any moment, not only at a quiet one */
+        }
         uint64_t bytes, runs;
         bool more;
         if (rng_below(&rng, 2))

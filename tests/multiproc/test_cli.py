@@ -278,15 +278,25 @@ def test_rm_leaves_a_file_that_is_no_heap_unless_forced(heap_name: str) -> None:
 # run
 
 
-def test_run_makes_a_heap_and_ends_with_its_last_user(heap_name: str) -> None:
+@contextmanager
+def running(name: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`shmheap run` in the foreground, and the first line that it says."""
     with subprocess.Popen(
-        [*COMMAND, "run", heap_name, "--capacity", "64MiB", "--json"],
+        [*COMMAND, "run", name, "--capacity", "64MiB", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stderr is not None
-        assert f"made {file_of(heap_name)}" in process.stderr.readline()
+        try:
+            yield process, process.stderr.readline()
+        finally:
+            process.kill()  # of one that has ended: nothing
+
+
+def test_run_makes_a_heap_and_ends_with_its_last_user(heap_name: str) -> None:
+    with running(heap_name) as (process, line):
+        assert line == f"shmheap: made {file_of(heap_name)}\n"
         with shmheap.Heap.attach(heap_name) as heap:
             assert heap.capacity == 64 << 20
             heap.gc()
@@ -301,11 +311,7 @@ def test_run_makes_a_heap_and_ends_with_its_last_user(heap_name: str) -> None:
 
 
 def test_run_ends_on_ctrl_c_and_leaves_no_unused_heap(heap_name: str) -> None:
-    with subprocess.Popen(
-        [*COMMAND, "run", heap_name, "--capacity", "64MiB"], stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        process.stderr.readline()
+    with running(heap_name) as (process, _line):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert not file_of(heap_name).exists()

@@ -118,7 +118,10 @@ def test_ctrl_c_ends_all_processes_and_the_heap(heap_name: str, folder: Path) ->
         assert process.stderr is not None
         assert "blocks" in process.stderr.readline()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # of one that has ended: nothing
     assert (process.returncode, out, err) == (130, "", "shmheap: interrupted\n")
     assert not Path(arena.file_path(heap_name)).exists()
 

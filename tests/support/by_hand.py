@@ -6,14 +6,18 @@ exact.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from shmheap import Config, Heap, HeapStats, _core, arena, rss
-from shmheap.coordinator import FREE
+from shmheap.coordinator import FREE, SlotKey
+from shmheap.coordinator.loop import Coordinator, Outcome
+from shmheap.coordinator.trace import Trace
 from shmheap.verify import VerifyReport, verify
 
 PAGE = 8192
@@ -23,6 +27,17 @@ EVERYTHING = 2**29 - 1
 """The stamp that takes every idle unit, those without a stamp too."""
 
 PLENTY = 1 << 40
+
+
+PATIENCE_S = 60.0
+"""Bounds how long a broken test hangs, and decides no test's outcome."""
+
+
+class _NeverWaits:
+    """The test makes the coordinator's turns, so it never sleeps."""
+
+    def wait(self, _timeout_s: float, _processes: Mapping[SlotKey, int], /) -> Collection[SlotKey]:
+        return ()
 
 
 class HeapByHand:
@@ -46,6 +61,10 @@ class HeapByHand:
         assert heap is not None
         self.heap = heap
         self.observer = _core.Observer(self.fd)
+        log, trace = logging.Logger("by hand"), Trace(None)
+        self._coordinator = Coordinator(
+            self.steward, config, time, _NeverWaits(), trace, log, linger=True
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +82,22 @@ class HeapByHand:
             if os.path.samestat(os.fstat(self.fd), os.stat(self.path)):
                 os.unlink(self.path)
         os.close(self.fd)
+
+    def turn(self) -> Outcome:
+        """One turn of the real coordinator's loop."""
+        return self._coordinator.turn()
+
+    def turns_until(self, happened: Callable[[], object]) -> None:
+        """Be the coordinator until something has happened in another process."""
+        given_up = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert time.monotonic() < given_up, "it does not happen"
+            self.turn()
+
+    @property
+    def waiting(self) -> int:
+        """How many processes wait for memory."""
+        return sum(bool(slot[-1]) for slot in self.steward.slots())
 
     @property
     def stats(self) -> HeapStats:

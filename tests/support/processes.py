@@ -208,16 +208,19 @@ def churn(kept: Kept, rounds: int, nbytes: int) -> int:
 
 def fork_raw(kept: Kept) -> list[str]:
     """A fork that Python knows nothing of; says what the child got when it used the heap."""
+    heap, block = kept["heap"], kept["block"]
+    uses = [lambda: heap.alloc(64), lambda: block[0], lambda: heap.roots["a"], heap.stats]
+    ends = [block.free, lambda: kept.pop("block"), heap.close]
     reader, writer = os.pipe()
-    if ctypes.PyDLL(None).fork() == 0:
+    child = ctypes.PyDLL(None).fork()
+    if child == 0:
         try:
-            said = [_attempt(lambda: kept["heap"].alloc(64)), _attempt(lambda: kept["block"][0])]
-            said += [_attempt(kept["block"].free), _attempt(kept["heap"].close)]
+            said = [_attempt(use) for use in (*uses, *ends)]
             os.write(writer, "\n".join(said).encode())
         finally:
             os._exit(0)
     os.close(writer)
-    os.wait()
+    os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as said_by_child:
         return said_by_child.read().decode().split("\n")
 
@@ -229,16 +232,39 @@ def _attempt(action: Callable[[], object]) -> str:
         return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
-def fork_and_leave(kept: Kept) -> int:
-    """Fork a child that goes on serving when this process is gone; returns its pid."""
-    child = os.fork()
-    if child == 0:
-        kept["child"] = True
-    return child
+def fork_and_leave(kept: Kept, by_signal: int) -> int:
+    """Go on in a child, and die: returns the child's pid."""
+    if os.fork() != 0:
+        os.kill(os.getpid(), by_signal)
+        os._exit(0)
+    return os.getpid()
+
+
+def fork_twice(kept: Kept, key: str) -> list[int]:
+    """Fork children that look at a block, free it and leave; returns how they ended."""
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                right = bytes(kept[key]) == kept["expected"]
+                kept.pop(key).free()
+                mine = kept["heap"].put(b"child")
+                os._exit(0 if right and bytes(mine) == b"child" else 1)
+            finally:
+                os._exit(2)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def die(_kept: Kept) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rehash(block: shmheap.Block) -> shmheap.Block:
+    """Replace the bytes in place by their hash, repeated. For pools."""
+    block[:] = hashlib.sha256(block).digest() * (len(block) // 32)
+    return block
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
@@ -265,6 +291,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         churn,
         fork_raw,
         fork_and_leave,
+        fork_twice,
         die,
     )
 }

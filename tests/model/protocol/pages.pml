@@ -13,7 +13,7 @@
  *
  * Knobs (-D): OPS operations per worker; ACTS free actions of the collector before its closing collections; KILLS and CKILLS
  * deaths of workers and of collectors; INIT the start state (9: any, see init); GEOM; THREADS (the two workers are threads of
- * one process); NOLOG (span words are not undone under process locks); NOSPC (fallocate may fail); BUG_x breaks one rule. */
+ * one process); PLOG (process locks undo span words, too); NOSPC (fallocate may fail); BUG_x breaks one rule. */
 #ifndef OPS
 #define OPS 1
 #endif
@@ -73,7 +73,7 @@ bit tch[NP];                        /* counted up since the collection began */
 byte wire; byte wg;                 /* pickled bytes: live for ever */
 
 byte pl[2];                         /* process locks: 0, 1 + holder, or ORPHANED */
-byte plog[2]; byte pold[2];         /* its undo log: 1 + page, old span word */
+byte plog[2]; byte pold[2];         /* with -DPLOG its undo log: 1 + page, old span word */
 byte hl;                            /* the heap lock */
 byte hn, hi, hold;                  /* its undo log: pages (0 = empty), first page, old span word */
 
@@ -130,18 +130,18 @@ inline recover_h() {
 }
 inline lock(p_,me_) { atomic { (pl[p_]==0 || pl[p_]==ORPHANED) -> recover_p(p_); pl[p_]=1+me_ } }
 inline unlock(p_) { atomic { plog[p_]=0; pold[p_]=0; pl[p_]=0 } }
-#ifdef NOLOG
-inline set_span(p_,k_,w_) { sp[k_]=w_ }
-#else
+#ifdef PLOG
 inline set_span(p_,k_,w_) { atomic { plog[p_]=k_+1; pold[p_]=sp[k_]; sp[k_]=w_ } }
-#endif
-#ifdef BUG_ADOPT_LOGGED
-#define LOG_ADOPT log_h(0,2)
 #else
-#define LOG_ADOPT skip              /* not undone: from here on the word is X's lock's business */
+inline set_span(p_,k_,w_) { sp[k_]=w_ }
 #endif
 #define HFREE (hl==0 || hl==ORPHANED)
 inline log_h(k_,n_) { hi=k_; hn=n_; hold=sp[k_] }
+#ifdef BUG_LOOK_UNLOCKED
+#define look(k,w_) w_=sp[k]
+#else
+#define look(k,w_) atomic { HFREE -> recover_h(); hl=0; w_=sp[k] }   /* never what an unfinished operation wrote */
+#endif
 inline hunlock() { atomic { hn=0; hi=0; hold=0; hl=0 } }
 
 /* ---- free lists, under the heap lock: one step that changes, one that commits ------------------------------------------ */
@@ -269,8 +269,14 @@ alloc_span:
        fi
     :: sp[0]==SMALL(NONE) ->                                                               /* adopt an orphan */
        atomic { HFREE -> recover_h();
-         if :: sp[0]==SMALL(NONE) -> hl=1+p; LOG_ADOPT; sp[0]=MY_SMALL; ok=1 :: else -> hl=0 fi };
-       if :: ok -> hunlock() :: else fi
+         if :: sp[0]==SMALL(NONE) -> hl=1+p; log_h(0,2); sp[0]=MY_SMALL; ok=1 :: else -> hl=0 fi };
+       if :: ok -> hunlock() :: else fi;
+       if
+#ifdef BUG_ADOPT_RESTORES
+       :: ok -> lock(O(p),p); sp[0]=MY_SMALL; unlock(O(p))       /* says again what may have changed since */
+#endif
+       :: else
+       fi
     :: sp[0]==MY_SMALL && pin[p]==NIL ->                                                   /* allocate a small block */
        lock(O(p),p);
        if
@@ -320,8 +326,12 @@ alloc_span:
        if :: w==INNER -> w=sp[0]; if :: !IS_SMALL(w) -> w=SFREE :: else fi :: else fi;
        if
        :: IS_SMALL(w) || w==LARGE ->
-          atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> cnt[b]=cnt[b]+1; tch[b]=1; ok=1 :: else fi };
-          if :: ok -> atomic { assert(USABLE(b)); pin[p]=b; pg[p]=g } :: else fi
+          if
+          :: atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> cnt[b]=cnt[b]+1; tch[b]=1; ok=1 :: else fi };
+             if :: ok -> atomic { assert(USABLE(b)); pin[p]=b; pg[p]=g } :: else fi
+          :: atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> ok=1 :: else fi };        /* only looks at its bytes: */
+             if :: ok -> assert(kern[b]) :: else fi                                        /* a hole must not be read */
+          fi
        :: else
        fi;
        unlock(O(p))
@@ -342,6 +352,16 @@ inline handshake() {                /* whatever ran under a process lock when th
   atomic { (pl[1]==0 || pl[1]==ORPHANED) -> recover_p(1); pl[1]=0 }
 }
 inline settle() { atomic { HFREE -> recover_h(); hl=0 } }         /* the same for the heap lock */
+#ifdef BUG_HOLE_NO_HANDSHAKE
+#define hole_handshake() skip
+#else
+#define hole_handshake() handshake()
+#endif
+#ifdef BUG_DEAD_NO_HANDSHAKE
+#define dead_handshake() skip
+#else
+#define dead_handshake() handshake()
+#endif
 inline punch_unit(u_) { atomic { assert(UNUSED(u_)); kern[u_]=0 }; un[u_]=RELEASED }
 
 /* Nothing goes from RELEASING to FREE but here.  hard: the books of its units are not to be trusted (the owner died). */
@@ -359,7 +379,34 @@ inline finish() {
   fi;
   put(COLL,k,n,RELEASING)
 }
-inline reset_word(b_) { if :: st[b_]==LIVE && !wpunched[b_] -> st[b_]=FREE; cnt[b_]=0; gen[b_]=gen[b_]+1 :: else fi }
+inline reset_word(b_) { if :: st[b_]==LIVE && !wpunched[b_] -> st[b_]=FREE; cnt[b_]=0 :: else fi }
+
+/* An owned span is guarded by its owner's lock; an orphan the collector makes its own for that while.  w: the word seen. */
+inline guard() {
+  look(0,w); ok=0;
+  if
+  :: w==SMALL(0) || w==SMALL(1) -> lock(w-16,COLL); if :: sp[0]==w -> ok=1 :: else -> unlock(w-16) fi
+  :: w==SMALL(NONE) ->
+     atomic { HFREE -> recover_h(); if :: sp[0]==w -> hl=1+COLL; log_h(0,2); sp[0]=SMALL(COLL); ok=1 :: else -> hl=0 fi };
+     if :: ok -> hunlock() :: else fi
+  :: else
+  fi
+}
+inline make_orphan() { atomic { HFREE -> recover_h(); hl=1+COLL; log_h(0,2); sp[0]=SMALL(NONE) }; hunlock() }
+inline unguard() {
+  if
+  :: w==SMALL(NONE) -> if :: sp[0]==SMALL(COLL) -> make_orphan() :: else fi
+  :: else -> unlock(w-16)
+  fi
+}
+/* A small span whose owner is dead: what is half done is undone; then empty ones go back, others become orphans. */
+inline end_small() {
+  u=0;
+#ifndef BUG_REAP_NO_PUNCH
+  do :: u<NP -> if :: BUSY(u) -> un[u]=URELEASING; punch_unit(u) :: else fi; u++ :: else -> break od;
+#endif
+  if :: EMPTY -> sp[0]=RELEASING :: else -> make_orphan() fi
+}
 
 inline unpin(x_) {
   atomic { b=pin[x_]; g=pg[x_]; pin[x_]=NIL; pg[x_]=0 };
@@ -370,8 +417,9 @@ inline unpin(x_) {
 }
 inline reap(x_) {
 #ifndef BUG_REAP_UNRECOVERED
-  settle(); handshake();
+  settle();
 #endif
+  dead_handshake();
   unpin(x_);
 #ifdef THREADS
   unpin(1); reaped[1]=1;
@@ -384,11 +432,7 @@ inline reap(x_) {
         atomic { reset_word(k); if :: PAGES(k)==2 -> reset_word(1) :: else fi };   /* LIVE, if the death came before the span word */
         hard=1; sp[k]=RELEASING
      :: sp[k]==SMALL(O(x_)) ->
-        u=0;
-#ifndef BUG_REAP_NO_PUNCH
-        do :: u<NP -> if :: un[u]==URESERVED -> un[u]=URELEASING; punch_unit(u) :: else fi; u++ :: else -> break od;
-#endif
-        if :: EMPTY -> sp[k]=RELEASING :: else -> sp[k]=SMALL(NONE) fi
+        end_small()
      :: else
      fi;
      k++
@@ -405,7 +449,7 @@ inline sweep() {
   k=0;
   do
   :: k<NP ->
-     w=sp[k];
+     look(k,w);
      if
      :: w==LARGE ->
         g=gen[k]; ok=(st[k]==FREE);
@@ -433,20 +477,10 @@ inline sweep() {
   :: else -> break
   od
 }
-/* An owned span is guarded by its owner's lock, an orphan by the heap lock; w: the span word seen. */
-inline guard() {
-  w=sp[0]; ok=0;
-  if
-  :: w==SMALL(0) || w==SMALL(1) -> lock(w-16,COLL); if :: sp[0]==w -> ok=1 :: else -> unlock(w-16) fi
-  :: w==SMALL(NONE) -> atomic { HFREE -> recover_h(); hl=1+COLL }; if :: sp[0]==w -> ok=1 :: else -> hunlock() fi
-  :: else
-  fi
-}
-inline unguard() { if :: w==SMALL(NONE) -> hunlock() :: else -> unlock(w-16) fi }
 inline give_back() {
   if
   :: EMPTY && AT_REST ->
-     if :: w==SMALL(NONE) -> atomic { log_h(0,2); sp[0]=RELEASING } :: else -> set_span(w-16,0,RELEASING) fi
+     if :: w==SMALL(NONE) -> sp[0]=RELEASING :: else -> set_span(w-16,0,RELEASING) fi
   :: else
   fi
 }
@@ -480,11 +514,15 @@ proctype coll() {
   :: {
   do
   :: fresh ->                                                      /* a successor first finishes what was left half done */
-#ifndef BUG_SCAN_UNRECOVERED
-     settle(); handshake();
+#ifndef BUG_BEGIN_UNRECOVERED
+     settle();
 #endif
+     dead_handshake();
 #ifndef BUG_NO_REDO
-     do :: u<NP -> if :: IS_SMALL(sp[0]) && un[u]==URELEASING -> punch_unit(u) :: else fi; u++ :: else -> break od;
+     if
+     :: sp[0]==SMALL(COLL) -> end_small()
+     :: else -> do :: u<NP -> if :: IS_SMALL(sp[0]) && un[u]==URELEASING -> punch_unit(u) :: else fi; u++ :: else -> break od
+     fi;
 #endif
      atomic { act=NOTHING; hard=1; fresh=0 };
      goto finish_all
@@ -498,8 +536,8 @@ proctype coll() {
      goto work
   :: atomic { !fresh && QUIET && step<8 -> a=ACTS; act=step%4; step++ };   /* closing: reap, sweep and give back, twice */
 work:
-     ok=0; w=sp[0];
-     if :: LOCKED_ACT -> guard() :: else -> w=sp[0]; ok=IS_SMALL(w) fi;
+     w=sp[0]; ok=IS_SMALL(w);
+     if :: LOCKED_ACT -> guard() :: else fi;
      if
      :: act==REAP0 -> if :: GONE(0) && !reaped[0] -> reap(0) :: else fi
      :: act==REAP1 -> if :: GONE(1) && !reaped[O(1)] -> reap(O(1)) :: else fi
@@ -511,7 +549,7 @@ work:
      :: act==PUNCH_HOLE && ok ->
         if :: PUNCHABLE && un[u]==COMMITTED -> un[u]=URELEASING :: else -> ok=0 fi;
         if :: LOCKED_ACT -> unguard() :: else fi;
-        if :: ok -> punch_unit(u) :: else fi
+        if :: ok -> hole_handshake(); punch_unit(u) :: else fi
      :: act==RELEASE -> take(COLL,RELEASING)
 #ifdef BUG_STAMP_PLAIN
      :: act==NOTHING -> w=un[u]; un[u]=w                           /* age and state share a word: stamped by load and store */
@@ -544,7 +582,8 @@ fin: skip;
        if
        :: sp[k]==SFREE -> assert(st[k]!=LIVE)
        :: sp[k]==LARGE -> assert(st[k]==LIVE && HELD(k))
-       :: k==0 && IS_SMALL(sp[k]) -> assert(TWO); assert(!EMPTY); assert(sp[k]==SMALL(NONE) || !GONE(sp[k]-16))
+       :: k==0 && IS_SMALL(sp[k]) -> assert(TWO); assert(!EMPTY); assert(sp[k]!=SMALL(COLL));
+          assert(sp[k]==SMALL(NONE) || !GONE(sp[k]-16))
        :: else -> assert(sp[0]==LARGE || IS_SMALL(sp[0]))
        fi;
        if :: st[k]==LIVE -> assert(HELD(k)); assert(USABLE(k)) :: else fi;
