@@ -153,7 +153,9 @@ def open_arena(heap: str, *, read_only: bool = False) -> tuple[int, str]:
     """
     path = heap if heap.startswith("/") else file_path(heap)
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-    if not path.startswith("/proc/"):  # an unlinked heap is found through a process that has it open
+    if not path.startswith(
+        "/proc/"
+    ):  # an unlinked heap is found through a process that has it open
         flags |= os.O_NOFOLLOW
     try:
         fd = os.open(path, flags)

@@ -6,7 +6,7 @@ knows it. The first process that unpickles the bytes turns the lease into a pin 
 ones get a pin as long as the block lives, and StaleHandle after.
 
     sender                             arena                        receiver
-    pickle: count up, write lease  ->  lease                    
+    pickle: count up, write lease  ->  lease
             give out the bytes     ->                           ->  unpickle: take the lease: a pin
                                        (sender dead: expires
                                         after lease_grace_s)

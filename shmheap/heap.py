@@ -38,7 +38,6 @@ from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WAN
 from shmheap.errors import (
     CoordinatorLost,
     HeapCorrupt,
-    HeapError,
     HeapFull,
     HeapNotFound,
     StaleHandle,
@@ -171,7 +170,9 @@ class Heap(HeapBase):
 
     # Memory
 
-    def _alloc_when_short(self, nbytes: int, zero: bool, timeout: float | None, status: int) -> Block:
+    def _alloc_when_short(
+        self, nbytes: int, zero: bool, timeout: float | None, status: int
+    ) -> Block:
         """Go on where the core found no memory: reclaim, wait, or say why not (rule 16)."""
         if nbytes > self.capacity:
             raise self._full(nbytes, status)
@@ -195,7 +196,9 @@ class Heap(HeapBase):
             if refused or time.monotonic() >= deadline:
                 raise self._full(nbytes, found, waiting=refused)
             refused = not self._wait_memory(seen)
-            if seen != told:  # once for each state of the heap: the coordinator looks what it can do
+            if (
+                seen != told
+            ):  # once for each state of the heap: the coordinator looks what it can do
                 self._want(WANT_MEMORY)
                 told = seen
 
@@ -368,9 +371,7 @@ class _Bell:
             self._semaphore = None  # it is about to start, and looks at everything then
 
 
-def open(
-    name: str, *, capacity: int | str | None = None, config: Config | None = None
-) -> Heap:
+def open(name: str, *, capacity: int | str | None = None, config: Config | None = None) -> Heap:
     """Attach to the heap of that name, or create it and start its coordinator.
 
     Args:

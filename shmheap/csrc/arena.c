@@ -1,8 +1,8 @@
 /*
  * Making an arena, and opening one that somebody else made.
  *
- * The file has no name while it is being formatted, so nobody ever sees half of it. Whoever opens it
- * computes the layout from capacity and shifts and believes nothing else of the header.
+ * The file has no name while it is being formatted, so nobody ever sees half of it. Whoever opens
+ * it computes the layout from capacity and shifts and believes nothing else of the header.
  */
 #include "core.h"
 
@@ -14,8 +14,8 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define PAGE_SHIFT 13u
-#define DATA_ALIGN (2ull << 20) /* so that huge pages of the data area are whole */
+#define PAGE_SHIFT  13u
+#define DATA_ALIGN  (2ull << 20) /* so that huge pages of the data area are whole */
 #define TMPFS_MAGIC 0x01021994
 
 static uint64_t aligned(uint64_t n, uint64_t to)
@@ -84,8 +84,8 @@ static void init_header(struct sh_header *h, const struct sh_geometry *g, uint64
     atomic_store(&h->phase, SH_IDLE | 1u << 8);
 }
 
-/* Formats an empty file: header and the coordinator's slot. Nothing else is committed. errno: EFBIG,
- * ENOSPC, EINVAL (capacity) and what the calls say. */
+/* Formats an empty file: header and the coordinator's slot. Nothing else is committed. errno:
+ * EFBIG, ENOSPC, EINVAL (capacity) and what the calls say. */
 enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t limit_bytes,
                          const char *config, size_t config_bytes)
 {
@@ -102,7 +102,8 @@ enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t lim
         return SH_SYSTEM;
     c.dev = st.st_dev;
     c.ino = st.st_ino;
-    enum sh_status status = sh_status_of_errno(sh_os_commit(&c, 0, c.geo.slots + sizeof(struct sh_slot)));
+    enum sh_status status =
+        sh_status_of_errno(sh_os_commit(&c, 0, c.geo.slots + sizeof(struct sh_slot)));
     if (status != SH_OK)
         return status;
     c.base = sh_os_map(fd, c.geo.slots + sizeof(struct sh_slot), true);
@@ -214,12 +215,26 @@ void sh_unmap(struct sh_ctx *c)
 
 const char *sh_status_text(enum sh_status s)
 {
-    static const char *const text[] = {
-        "ok", "a lock is held", "slow path", "deferred", "try again", "the heap is full",
-        "the memory limit is reached", "the file system is full", "too many processes",
-        "too many named roots", "the block is gone", "no such root", "the value has changed",
-        "the heap is closed", "this process was forked without hooks", "the heap is corrupt",
-        "not a usable arena", "nobody can free memory", "timeout", "out of private memory",
-        "system error"};
+    static const char *const text[] = {"ok",
+                                       "a lock is held",
+                                       "slow path",
+                                       "deferred",
+                                       "try again",
+                                       "the heap is full",
+                                       "the memory limit is reached",
+                                       "the file system is full",
+                                       "too many processes",
+                                       "too many named roots",
+                                       "the block is gone",
+                                       "no such root",
+                                       "the value has changed",
+                                       "the heap is closed",
+                                       "this process was forked without hooks",
+                                       "the heap is corrupt",
+                                       "not a usable arena",
+                                       "nobody can free memory",
+                                       "timeout",
+                                       "out of private memory",
+                                       "system error"};
     return s < sizeof text / sizeof text[0] ? text[s] : "unknown";
 }

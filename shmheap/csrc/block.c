@@ -1,15 +1,15 @@
 /*
  * Blocks: the word that says whether one lives, and what users do with them.
  *
- * One 64-bit word per block holds state, generation, count and the epoch that touched it, and changes
- * by compare-and-swap only (DESIGN section 6). The order of every operation errs on the high side
- * (I-6): count up, then write the holder; clear the holder, then count down.
+ * One 64-bit word per block holds state, generation, count and the epoch that touched it, and
+ * changes by compare-and-swap only (DESIGN section 6). The order of every operation errs on the
+ * high side (I-6): count up, then write the holder; clear the holder, then count down.
  *
  *     alloc    bitmap -> CAS FREE/HOLE... -> LIVE count 1 -> pin
  *     drop     (touch) -> pin cleared -> CAS count 1 -> FREE, next generation -> back into a bitmap
  *
- * An operation holds its own process's lock from reading the phase to its last step (rule 4), and no
- * other lock. A large block's pages go back after the lock is left.
+ * An operation holds its own process's lock from reading the phase to its last step (rule 4), and
+ * no other lock. A large block's pages go back after the lock is left.
  */
 #include "core.h"
 
@@ -85,9 +85,10 @@ static void write_padding(uint8_t *end, uint64_t padding)
         memcpy(end - 4, &wide, 4);
 }
 
-/* The collector's recount reads it of blocks that may be freed and made anew meanwhile, and throws the
- * sum away if any was: a race by design, which the thread sanitizer shall not see. */
-__attribute__((no_sanitize("thread"))) static uint64_t read_padding(const uint8_t *end, uint64_t size)
+/* The collector's recount reads it of blocks that may be freed and made anew meanwhile, and throws
+ * the sum away if any was: a race by design, which the thread sanitizer shall not see. */
+__attribute__((no_sanitize("thread"))) static uint64_t read_padding(const uint8_t *end,
+                                                                    uint64_t size)
 {
     uint32_t wide;
     uint64_t padding = end[-1];
@@ -139,13 +140,15 @@ static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, 
            page - *head < SH_SPAN_NPAGES(*span);
 }
 
-static void fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span, uint32_t index)
+static void fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
+                     uint32_t index)
 {
     bool large = SH_SPAN_STATE(span) == SH_LARGE;
     r->page = head;
     r->kind = large ? SH_KIND_LARGE : SH_SPAN_KIND(span);
     r->data = sh_data(c, head) + (large ? 0 : (uint64_t)index * c->kinds[r->kind].size);
-    r->word = sh_words(c, head, large ? SH_LARGE_TIER : c->kinds[r->kind].tier) + (large ? 0 : index);
+    r->word =
+        sh_words(c, head, large ? SH_LARGE_TIER : c->kinds[r->kind].tier) + (large ? 0 : index);
 }
 
 /* From a handle's offset in the data area. */
@@ -162,7 +165,8 @@ static bool locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
     } else {
         const struct sh_class *class = &sh_classes[SH_SPAN_KIND(span)];
         index = sh_block_index(class, inside);
-        if ((uint64_t)index * class->size != inside || index >= c->kinds[SH_SPAN_KIND(span)].nblocks)
+        if ((uint64_t)index * class->size != inside ||
+            index >= c->kinds[SH_SPAN_KIND(span)].nblocks)
             return false;
     }
     fill_ref(c, r, head, span, index);
@@ -272,7 +276,8 @@ enum sh_status sh_alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, s
     return status;
 }
 
-static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
+static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms,
+                                  struct sh_ref *r)
 {
     uint32_t kind = sh_class_of((uint32_t)nbytes);
     enum sh_status status;
@@ -304,10 +309,10 @@ static void clean_units(struct sh_ctx *c, uint32_t page, uint32_t npages, bool z
     }
 }
 
-/* The run becomes a block, and ours, in one section under the process lock: whoever sees a LARGE span
- * whose word is not LIVE, and sees it again after that lock, has found what a death left. */
-static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t npages, uint64_t nbytes,
-                                    struct sh_ref *r)
+/* The run becomes a block, and ours, in one section under the process lock: whoever sees a LARGE
+ * span whose word is not LIVE, and sees it again after that lock, has found what a death left. */
+static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t npages,
+                                    uint64_t nbytes, struct sh_ref *r)
 {
     enum sh_status status = sh_enter(c, 60000);
     if (status != SH_OK)
@@ -355,7 +360,8 @@ static enum sh_status take_large(struct sh_ctx *c, uint32_t npages, int wait_ms,
     }
 }
 
-static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
+static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms,
+                                  struct sh_ref *r)
 {
     uint64_t npages = (nbytes + (1ull << c->geo.page_shift) - 1) >> c->geo.page_shift;
     uint32_t page;
@@ -449,8 +455,8 @@ enum sh_status sh_flush(struct sh_ctx *c, int wait_ms)
     }
 }
 
-/* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost: the
- * process lock and one compare-and-swap; a large block also the heap lock. */
+/* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost:
+ * the process lock and one compare-and-swap; a large block also the heap lock. */
 enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
 {
     enum sh_status status = sh_enter(c, wait_ms);
@@ -496,8 +502,8 @@ enum sh_status sh_repin(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, s
 }
 
 /* Rule 8: count up, write the lease; only then may the bytes be given out. */
-enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, uint64_t *cell_off,
-                             uint32_t *seq)
+enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_ms,
+                             uint64_t *cell_off, uint32_t *seq)
 {
     enum sh_status status = sh_refill(c, SH_KIND_LEASES, wait_ms);
     if (status == SH_OK)
@@ -546,8 +552,8 @@ void sh_lease_taken(struct sh_ctx *c, uint32_t page)
     atomic_fetch_sub_explicit(&s->leases, 1, RLX);
 }
 
-/* Takes the lease by compare-and-swap, only after it was seen and its block touched: taking one that
- * appeared in between left a count too low (found by the model). */
+/* Takes the lease by compare-and-swap, only after it was seen and its block touched: taking one
+ * that appeared in between left a count too low (found by the model). */
 static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_off, uint32_t seq)
 {
     uint32_t page, phase = phase_of(c);
@@ -579,8 +585,8 @@ static enum sh_status resurrect(const struct sh_ref *r, uint32_t phase)
 }
 
 /* A handle that came from elsewhere becomes a pin of ours. SH_STALE, or SH_AGAIN in FINAL. */
-enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off, uint32_t seq,
-                        int wait_ms, struct sh_ref *r)
+enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off,
+                        uint32_t seq, int wait_ms, struct sh_ref *r)
 {
     enum sh_status status = enter_with_pin(c, wait_ms);
     if (status != SH_OK)
@@ -600,7 +606,8 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
 }
 
 /* A lease of ours is not needed after all. SH_STALE: somebody took it. */
-enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t cell_off, uint32_t seq, int wait_ms)
+enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t cell_off, uint32_t seq,
+                             int wait_ms)
 {
     struct sh_ref r;
     enum sh_status status = sh_enter(c, wait_ms);

@@ -1,8 +1,8 @@
 /*
  * Walks every invariant, and rebuilds the caches of the truth to compare (docs/invariants.md).
  *
- * The page heap is looked at under its lock. Holders and counts change without it; what is said of them
- * holds at the moment of the look.
+ * The page heap is looked at under its lock. Holders and counts change without it; what is said of
+ * them holds at the moment of the look.
  */
 #include "core.h"
 
@@ -28,14 +28,15 @@ static void wrong(struct checker *k, const char *invariant, const char *format, 
 
 /* Units */
 
-static void check_units(struct checker *k, uint32_t page, uint32_t n, uint32_t allowed, const char *of)
+static void check_units(struct checker *k, uint32_t page, uint32_t n, uint32_t allowed,
+                        const char *of)
 {
     uint64_t unit = sh_unit_of_page(k->c, page), end = unit + (uint64_t)n * sh_units_per_page(k->c);
     for (; unit < end; unit++) {
         uint32_t u = atomic_load_explicit(sh_unit(k->c, unit), ACQ);
         if (!(allowed >> SH_UNIT_STATE(u) & 1))
-            wrong(k, "I-5", "unit %llu of a %s run at page %u is in state %u", (unsigned long long)unit, of,
-                  page, SH_UNIT_STATE(u));
+            wrong(k, "I-5", "unit %llu of a %s run at page %u is in state %u",
+                  (unsigned long long)unit, of, page, SH_UNIT_STATE(u));
     }
 }
 
@@ -56,7 +57,8 @@ static bool lies_in_holes(struct checker *k, uint32_t page, uint32_t kind, uint3
     return false;
 }
 
-static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t kind, uint32_t index)
+static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t kind,
+                       uint32_t index)
 {
     const _Atomic uint64_t *word = sh_words(k->c, page, k->c->kinds[kind].tier) + index;
     uint64_t w = atomic_load_explicit(word, ACQ), state = SH_BSTATE(w);
@@ -65,10 +67,11 @@ static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t
             wrong(k, "I-6", "block %u of the span at page %u lives without a holder", index, page);
         if (lies_in_holes(k, page, kind, index) && atomic_load_explicit(word, ACQ) == w &&
             sh_span(k->c, page) == span)
-            wrong(k, "I-5", "block %u of the span at page %u lives in a page that is not committed", index,
-                  page);
+            wrong(k, "I-5", "block %u of the span at page %u lives in a page that is not committed",
+                  index, page);
     } else if (w >> SH_GEN_BITS != state << (SH_BSTATE_SHIFT - SH_GEN_BITS)) {
-        wrong(k, "I-6", "block %u of the span at page %u is not live but has holders or marks", index, page);
+        wrong(k, "I-6", "block %u of the span at page %u is not live but has holders or marks",
+              index, page);
     }
 }
 
@@ -97,15 +100,16 @@ static void check_free(struct checker *k, uint32_t page, uint32_t n, bool after_
     if (after_free)
         wrong(k, "I-1", "the free runs before and at page %u are not merged", page);
     if (SH_HI(head) != page || SH_LO(head) != released)
-        wrong(k, "I-1", "the free run at page %u says %u released units at head %u, there are %llu", page,
-              SH_LO(head), SH_HI(head), (unsigned long long)released);
+        wrong(k, "I-1", "the free run at page %u says %u released units at head %u, there are %llu",
+              page, SH_LO(head), SH_HI(head), (unsigned long long)released);
     if (SH_HI(atomic_load_explicit(&sh_page(k->c, page + n - 1)->head, RLX)) != page)
         wrong(k, "I-1", "the last page of the free run at page %u does not name it", page);
     check_units(k, page, n, AT_REST, "free");
 }
 
 /* Members of a circular list. Their number, bounded: a broken list may run for ever. */
-static uint64_t check_list(struct checker *k, uint32_t first, uint64_t at_most, uint32_t state, uint32_t bin)
+static uint64_t check_list(struct checker *k, uint32_t first, uint64_t at_most, uint32_t state,
+                           uint32_t bin)
 {
     uint64_t n = 0;
     uint32_t page = first, used = (uint32_t)atomic_load(&k->c->hdr->used_pages);
@@ -114,9 +118,11 @@ static uint64_t check_list(struct checker *k, uint32_t first, uint64_t at_most, 
             wrong(k, "I-1", "a list names page %u, which was never used", page);
             return n;
         }
-        uint64_t span = sh_span(k->c, page), link = atomic_load_explicit(&sh_page(k->c, page)->link, RLX);
-        bool member = state == SH_FREE ? sh_bin_of(SH_SPAN_NPAGES(span)) == bin
-                                       : SH_SPAN_KIND(span) == bin && SH_SPAN_OWNER(span) == SH_OWNER_NONE;
+        uint64_t span = sh_span(k->c, page),
+                 link = atomic_load_explicit(&sh_page(k->c, page)->link, RLX);
+        bool member = state == SH_FREE
+                          ? sh_bin_of(SH_SPAN_NPAGES(span)) == bin
+                          : SH_SPAN_KIND(span) == bin && SH_SPAN_OWNER(span) == SH_OWNER_NONE;
         if (SH_SPAN_STATE(span) != state || SH_SPAN_NPAGES(span) == 0 || !member)
             wrong(k, "I-1", "page %u is in list %u and does not belong there", page, bin);
         if (SH_HI(link) >= used ||
@@ -206,9 +212,9 @@ static void check_heap(struct checker *k)
     check_lists(k, free_runs, orphans);
 }
 
-/* Holders and counts. Others go on meanwhile, but their orders tell: a cell is cleared before its block
- * is counted down, and written after it was counted up. So a cell that is the same before and after a
- * look at the word held the block at that moment. */
+/* Holders and counts. Others go on meanwhile, but their orders tell: a cell is cleared before its
+ * block is counted down, and written after it was counted up. So a cell that is the same before and
+ * after a look at the word held the block at that moment. */
 
 struct holder {
     uint64_t word, cell;
@@ -235,7 +241,8 @@ static bool add_holder(struct holders *a, const struct holder *one)
     return true;
 }
 
-/* The cells of a span may be looked at while it is what it was: locked, so that they are not punched. */
+/* The cells of a span may be looked at while it is what it was: locked, so that they are not
+ * punched. */
 static bool cells_are_there(struct checker *k, uint32_t page, uint32_t state)
 {
     return page == SH_NIL || SH_SPAN_STATE(sh_span(k->c, page)) == state;
@@ -247,7 +254,8 @@ static bool unchanged(const struct holder *h)
 }
 
 /* Looks at one cell. `generation`: it holds one, too (a lease holds a number instead). */
-static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t *at, uint32_t page, bool generation)
+static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t *at, uint32_t page,
+                    bool generation)
 {
     struct sh_ref r;
     struct holder h = {.cell = atomic_load_explicit(at, ACQ), .at = at, .page = page};
@@ -259,8 +267,13 @@ static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t
     bool other = found && generation && (SH_GEN(w) & 0xffffffu) != SH_CELL_LOW(h.cell);
     if ((!found || SH_BSTATE(w) != SH_BLOCK_LIVE || other) && unchanged(&h)) {
         wrong(k, "I-6", "a holder (%s) names word %llu, where %s",
-              page == SH_NIL ? "a root" : generation ? "a pin" : "a lease", (unsigned long long)h.word,
-              !found ? "no block is" : other ? "another generation is" : "the block is dead");
+              page == SH_NIL ? "a root"
+              : generation   ? "a pin"
+                             : "a lease",
+              (unsigned long long)h.word,
+              !found  ? "no block is"
+              : other ? "another generation is"
+                      : "the block is dead");
         return true;
     }
     return add_holder(a, &h);
@@ -344,7 +357,8 @@ static enum sh_status compare_counts(struct checker *k, const struct holders *a)
         struct sh_ref r;
         for (same = 1; i + same < a->n && a->list[i + same].word == a->list[i].word;)
             same++;
-        if (!sh_locate(k->c, a->list[i].word, &r) || SH_COUNT(atomic_load_explicit(r.word, ACQ)) >= same)
+        if (!sh_locate(k->c, a->list[i].word, &r) ||
+            SH_COUNT(atomic_load_explicit(r.word, ACQ)) >= same)
             continue;
         enum sh_status status = sh_enter(k->c, 60000);
         if (status != SH_OK)

@@ -2,9 +2,10 @@
  * What the coordinator does outside a collection: taking over from a dead one, reaping the dead,
  * stamping idle pages and giving them back. Mechanism only: when and how much is decided in Python.
  *
- * Whatever it takes is its own by its word in the record (RELEASING) before any system call, so that
- * a successor can finish it (I-5, I-9). Only the coordinator punches pages, and only after a handshake:
- * having taken every process's lock once, it knows that nobody is still looking at what it took.
+ * Whatever it takes is its own by its word in the record (RELEASING) before any system call, so
+ * that a successor can finish it (I-5, I-9). Only the coordinator punches pages, and only after a
+ * handshake: having taken every process's lock once, it knows that nobody is still looking at what
+ * it took.
  */
 #include "core.h"
 
@@ -112,8 +113,8 @@ static bool punch_add(struct punches *p, uint64_t unit)
     return true;
 }
 
-/* The units are RELEASING; afterwards they are RELEASED. An error of the system call leaves the run on
- * the books as what the kernel says: still there. */
+/* The units are RELEASING; afterwards they are RELEASED. An error of the system call leaves the run
+ * on the books as what the kernel says: still there. */
 static enum sh_status punch_all(struct sh_ctx *c, const struct punches *p)
 {
     enum sh_status status = SH_OK;
@@ -154,11 +155,12 @@ static enum sh_status punch_states(struct sh_ctx *c, uint32_t page, uint32_t npa
 #define HALF_DONE (1u << SH_UNIT_RESERVED | 1u << SH_UNIT_RELEASING)
 #define HELD      (HALF_DONE | 1u << SH_UNIT_COMMITTED)
 
-/* A run that a dead process had RESERVED may be half committed or half cut: all of it is punched. One
- * that a dead coordinator was RELEASING goes on from where it was. */
+/* A run that a dead process had RESERVED may be half committed or half cut: all of it is punched.
+ * One that a dead coordinator was RELEASING goes on from where it was. */
 static enum sh_status finish_run(struct sh_ctx *c, uint32_t page, uint64_t span)
 {
-    uint32_t n = SH_SPAN_NPAGES(span), which = SH_SPAN_STATE(span) == SH_RESERVED ? HELD : HALF_DONE;
+    uint32_t n = SH_SPAN_NPAGES(span),
+             which = SH_SPAN_STATE(span) == SH_RESERVED ? HELD : HALF_DONE;
     sh_set_span(c, page, SH_SPAN(SH_RELEASING, 0, c->owner, n));
     enum sh_status status = punch_states(c, page, n, which);
     return status == SH_OK ? put_aside(c, page) : status;
@@ -287,8 +289,8 @@ static enum sh_status reap_pins(struct sh_ctx *c, uint32_t page, uint64_t span, 
     return free_cells(c, page, span);
 }
 
-static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t cutoff_ns,
-                                  struct sh_reaped *r)
+static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span,
+                                  uint64_t cutoff_ns, struct sh_reaped *r)
 {
     struct sh_lease *leases = (struct sh_lease *)sh_data(c, page);
     bool left = false;
@@ -336,7 +338,8 @@ static enum sh_status reap_pass(struct sh_ctx *c, uint64_t owner, bool cells, ui
     uint64_t span;
     enum sh_status status;
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
-        if (SH_SPAN_OWNER(span) != owner || SH_SPAN_STATE(span) == SH_FREE || sh_span(c, page) != span)
+        if (SH_SPAN_OWNER(span) != owner || SH_SPAN_STATE(span) == SH_FREE ||
+            sh_span(c, page) != span)
             continue;
         status = reap_span(c, page, span, cells, cutoff_ns, r);
         if (status != SH_OK)
@@ -373,7 +376,8 @@ static void forget_waiters(struct sh_ctx *c, struct sh_slot *s)
 
 /* Takes from a slot whose liveness lock is lost its pins, its spans, and its leases made before the
  * cutoff (CLOCK_MONOTONIC ns). Only in phase IDLE. May be repeated until r->done. */
-enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns, struct sh_reaped *r)
+enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns,
+                       struct sh_reaped *r)
 {
     struct sh_slot *s = sh_slot(c, slot);
     memset(r, 0, sizeof *r);
@@ -470,7 +474,8 @@ static bool is_due(uint32_t u, uint32_t stamp_le)
 
 static uint64_t stamp_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp)
 {
-    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c), n = 0;
+    uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c),
+             n = 0;
     for (; unit < end; unit++) {
         uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
         if (!is_unstamped(u))
@@ -482,10 +487,12 @@ static uint64_t stamp_units(struct sh_ctx *c, uint32_t page, uint32_t npages, ui
 }
 
 /* Blocks of a small span that touch a unit: [*first, *end). */
-static void blocks_of_unit(const struct sh_ctx *c, uint32_t kind, uint32_t unit, uint32_t *first, uint32_t *end)
+static void blocks_of_unit(const struct sh_ctx *c, uint32_t kind, uint32_t unit, uint32_t *first,
+                           uint32_t *end)
 {
     const struct sh_kind *k = &c->kinds[kind];
-    uint64_t from = (uint64_t)unit << c->geo.unit_shift, to = (uint64_t)(unit + 1) << c->geo.unit_shift;
+    uint64_t from = (uint64_t)unit << c->geo.unit_shift, to = (uint64_t)(unit + 1)
+                                                              << c->geo.unit_shift;
     *first = (uint32_t)(from / k->size);
     *end = (uint32_t)((to + k->size - 1) / k->size);
     *first = *first < k->nblocks ? *first : k->nblocks;
@@ -530,8 +537,8 @@ static uint64_t stamp_small(struct sh_ctx *c, uint32_t page, uint64_t span, uint
     return n;
 }
 
-/* Locks the owner of a small span out of it: by its process lock, or by taking an orphan. False: the
- * span is not what it was. */
+/* Locks the owner of a small span out of it: by its process lock, or by taking an orphan. False:
+ * the span is not what it was. */
 bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
 {
     if (SH_SPAN_OWNER(*span) == SH_OWNER_NONE)
@@ -593,7 +600,8 @@ static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
     return status;
 }
 
-static enum sh_status stamp_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp, uint64_t *units)
+static enum sh_status stamp_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp,
+                                  uint64_t *units)
 {
     enum sh_status status = take_batch(c, b);
     if (status != SH_OK)
@@ -603,7 +611,8 @@ static enum sh_status stamp_batch(struct sh_ctx *c, struct batch *b, uint32_t st
     return give_batch(c, b);
 }
 
-static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le, bool unstamped)
+static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le,
+                     bool unstamped)
 {
     uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
     for (; unit < end; unit++) {
@@ -617,7 +626,8 @@ static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t 
 /* Puts committed_units right if nothing moved while the walk counted. */
 static void recount_units(struct sh_ctx *c, uint64_t before)
 {
-    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift), n = 0;
+    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift),
+             n = 0;
     for (uint64_t unit = 0; unit < used; unit++) {
         uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));
         if (state == SH_UNIT_RESERVED || state == SH_UNIT_RELEASING)
@@ -657,7 +667,8 @@ enum sh_status sh_stamp(struct sh_ctx *c, uint32_t stamp, uint64_t *units)
 
 /* Releasing */
 
-static bool claim_free_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le, struct punches *p)
+static bool claim_free_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le,
+                             struct punches *p)
 {
     uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
     for (; unit < end; unit++) {
@@ -683,7 +694,8 @@ static bool all_holes(struct sh_ctx *c, uint32_t page, uint32_t kind, uint32_t u
 }
 
 /* Units inside a small span: whole OS pages between blocks that live (IN_USE_HOLE). */
-static bool claim_small_units(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t stamp_le, struct punches *p)
+static bool claim_small_units(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t stamp_le,
+                              struct punches *p)
 {
     uint64_t base = sh_unit_of_page(c, page);
     uint32_t units = SH_SPAN_NPAGES(span) * sh_units_per_page(c);
@@ -694,11 +706,13 @@ static bool claim_small_units(struct sh_ctx *c, uint32_t page, uint64_t span, ui
     bool room = true;
     for (uint32_t i = 0; i < units && room; i++) {
         uint32_t u = atomic_load_explicit(sh_unit(c, base + i), RLX);
-        if (SH_UNIT_STAMP(u) == 0 || !is_due(u, stamp_le) || !all_holes(c, page, SH_SPAN_KIND(span), i))
+        if (SH_UNIT_STAMP(u) == 0 || !is_due(u, stamp_le) ||
+            !all_holes(c, page, SH_SPAN_KIND(span), i))
             continue;
         room = punch_add(p, base + i);
         if (room)
-            atomic_store_explicit(sh_unit(c, base + i), SH_UNIT_RELEASING | (u & SH_UNIT_DIRTY), REL);
+            atomic_store_explicit(sh_unit(c, base + i), SH_UNIT_RELEASING | (u & SH_UNIT_DIRTY),
+                                  REL);
     }
     sh_let_small(c, page, span);
     return room;
@@ -731,8 +745,8 @@ static void unclaim(struct sh_ctx *c, const struct punches *p)
 }
 
 /* What was claimed so far: nobody can still be looking at it after the handshake; then it goes. */
-static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct punches *p, uint64_t *bytes,
-                                      uint64_t *runs)
+static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct punches *p,
+                                      uint64_t *bytes, uint64_t *runs)
 {
     enum sh_status status = SH_OK;
     if (p->n != 0) {
@@ -756,7 +770,8 @@ static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct 
 }
 
 /* Claims the due units of the free runs in the batch. */
-static enum sh_status claim_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp_le, struct punches *p)
+static enum sh_status claim_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp_le,
+                                  struct punches *p)
 {
     enum sh_status status = take_batch(c, b);
     for (uint32_t i = 0; status == SH_OK && i < b->n; i++)
@@ -786,11 +801,13 @@ enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_byte
             b.page[b.n] = page;
             b.span[b.n++] = span;
             waiting += (uint64_t)SH_SPAN_NPAGES(span) << c->geo.page_shift;
-        } else if (SH_SPAN_STATE(span) == SH_SMALL && !claim_small_units(c, page, span, stamp_le, &p)) {
+        } else if (SH_SPAN_STATE(span) == SH_SMALL &&
+                   !claim_small_units(c, page, span, stamp_le, &p)) {
             status = SH_NOMEM;
             break;
         }
-        if (b.n < BATCH && p.n < RUNS_AT_ONCE && waiting + (p.units << c->geo.unit_shift) < max_bytes)
+        if (b.n < BATCH && p.n < RUNS_AT_ONCE &&
+            waiting + (p.units << c->geo.unit_shift) < max_bytes)
             continue;
         status = claim_batch(c, &b, stamp_le, &p);
         if (status == SH_OK)

@@ -22,14 +22,15 @@ void sh_crash_point(const char *name);
 
 /* Span records */
 
-#define SH_OWNER_NONE      0ull /* slot 0 with incarnation 0: nobody */
-#define SH_SPAN_STATE(s)   ((uint32_t)((s) >> 60))
-#define SH_SPAN_KIND(s)    ((uint32_t)((s) >> 53) & 0x7fu)
-#define SH_SPAN_OWNER(s)   ((s)&SH_OWNER_MASK)
-#define SH_SPAN_SLOT(s)    ((uint32_t)((s) >> 43) & 0x3ffu)
-#define SH_SPAN_NPAGES(s)  ((uint32_t)((s)&0xfffffffu))
-#define SH_OWNER_MASK      (0x1ffffffull << 28)
-#define SH_OWNER(slot, incarnation) ((uint64_t)(slot) << 43 | (uint64_t)((incarnation)&0x7fffu) << 28)
+#define SH_OWNER_NONE     0ull /* slot 0 with incarnation 0: nobody */
+#define SH_SPAN_STATE(s)  ((uint32_t)((s) >> 60))
+#define SH_SPAN_KIND(s)   ((uint32_t)((s) >> 53) & 0x7fu)
+#define SH_SPAN_OWNER(s)  ((s) & SH_OWNER_MASK)
+#define SH_SPAN_SLOT(s)   ((uint32_t)((s) >> 43) & 0x3ffu)
+#define SH_SPAN_NPAGES(s) ((uint32_t)((s) & 0xfffffffu))
+#define SH_OWNER_MASK     (0x1ffffffull << 28)
+#define SH_OWNER(slot, incarnation) \
+    ((uint64_t)(slot) << 43 | (uint64_t)((incarnation) & 0x7fffu) << 28)
 #define SH_SPAN(state, kind, owner, n) \
     ((uint64_t)(state) << 60 | (uint64_t)(kind) << 53 | (owner) | (uint64_t)(n))
 
@@ -122,7 +123,8 @@ void *sh_os_private(uint64_t bytes);
 void *sh_os_wiped_on_fork(void);
 int sh_os_commit(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
 int sh_os_unused(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
-void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited);    /* NULL and errno EAGAIN: another has it */
+void *sh_os_hold_byte(int fd, uint64_t byte,
+                      bool inherited); /* NULL and errno EAGAIN: another has it */
 void sh_os_not_inherited(void *held);
 void sh_os_let_go(void *held);
 bool sh_os_byte_is_held(const struct sh_ctx *, uint64_t byte);
@@ -140,11 +142,16 @@ static inline void sh_os_pause(void)
 }
 
 /* lock.c */
-enum { SH_RANK_REGISTRY = 1, SH_RANK_ROOTS, SH_RANK_HEAP, SH_RANK_PROCESS };
+enum {
+    SH_RANK_REGISTRY = 1,
+    SH_RANK_ROOTS,
+    SH_RANK_HEAP,
+    SH_RANK_PROCESS
+};
 int sh_mutex_init(pthread_mutex_t *);
 void sh_lock_init(struct sh_lock *, uint32_t rank);
-/* SH_OK, SH_BUSY, SH_CORRUPT; SH_CHANGED: held, but its log was bad and the caller must rebuild what
- * it guards and then call sh_lock_rebuilt. */
+/* SH_OK, SH_BUSY, SH_CORRUPT; SH_CHANGED: held, but its log was bad and the caller must rebuild
+ * what it guards and then call sh_lock_rebuilt. */
 enum sh_status sh_lock(struct sh_ctx *, struct sh_lock *, int wait_ms);
 void sh_unlock(struct sh_ctx *, struct sh_lock *);
 void sh_lock_rebuilt(struct sh_lock *);
@@ -191,7 +198,8 @@ bool sh_budget(struct sh_ctx *, uint64_t units);
 void sh_unbudget(struct sh_ctx *, uint64_t units);
 void sh_set_units(struct sh_ctx *, uint64_t unit, uint64_t n, uint32_t value);
 enum sh_status sh_status_of_errno(int error);
-uint32_t sh_head_of(const struct sh_ctx *, uint32_t page); /* SH_NIL: not inside a span with a head */
+uint32_t sh_head_of(const struct sh_ctx *,
+                    uint32_t page); /* SH_NIL: not inside a span with a head */
 void sh_link(struct sh_ctx *, uint64_t *list, uint32_t page, bool at_end); /* heap locked, logged */
 void sh_unlink(struct sh_ctx *, uint64_t *list, uint32_t page);
 uint32_t sh_bin_of(uint32_t npages);
@@ -205,14 +213,15 @@ struct sh_walk {
 };
 enum sh_status sh_walk_next(struct sh_ctx *, struct sh_walk *, uint32_t *page, uint64_t *span);
 
-/* span.c: spans of one class, and who knows which of their blocks are free. "Locked": by the process
- * lock of c. */
+/* span.c: spans of one class, and who knows which of their blocks are free. "Locked": by the
+ * process lock of c. */
 void sh_kinds_init(struct sh_ctx *);
 enum sh_status sh_refill(struct sh_ctx *, uint32_t kind, int wait_ms); /* not locked */
 struct sh_pspan *sh_pspan_new(struct sh_ctx *, uint32_t page, uint32_t kind);
-void sh_pspan_add(struct sh_ctx *, struct sh_pspan *, uint64_t span); /* locked */
+void sh_pspan_add(struct sh_ctx *, struct sh_pspan *, uint64_t span);     /* locked */
 int64_t sh_pspan_pop(struct sh_ctx *, uint32_t kind, struct sh_pspan **); /* locked; -1: none */
-bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *, uint32_t index);   /* locked; empty, given up? */
+bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *,
+                   uint32_t index); /* locked; empty, given up? */
 void sh_pspans_forget(struct sh_ctx *);
 void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
 enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);
@@ -220,14 +229,19 @@ void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic 
 void sh_span_keep_generations(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_is_empty(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_give_up(struct sh_ctx *, uint32_t page, uint64_t span, uint32_t state);
-void sh_defer(struct sh_ctx *, uint32_t page);                                   /* locked */
-uint32_t sh_undefer(struct sh_ctx *, uint32_t *pages, uint32_t at_most);         /* locked */
+void sh_defer(struct sh_ctx *, uint32_t page);                           /* locked */
+uint32_t sh_undefer(struct sh_ctx *, uint32_t *pages, uint32_t at_most); /* locked */
 #define SH_GIVE_MAX 64u /* runs given back in one section under the heap lock */
 void sh_hint_remote(struct sh_ctx *, uint32_t page, uint64_t span);
-void sh_block_units(const struct sh_ctx *, uint32_t kind, uint32_t index, uint32_t *first, uint32_t *last);
+void sh_block_units(const struct sh_ctx *, uint32_t kind, uint32_t index, uint32_t *first,
+                    uint32_t *last);
 
 /* block.c */
-enum sh_drop { SH_DROPPED, SH_FREED, SH_GONE };
+enum sh_drop {
+    SH_DROPPED,
+    SH_FREED,
+    SH_GONE
+};
 enum sh_drop sh_count_down(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
 bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
 void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
@@ -243,12 +257,13 @@ void sh_pin_free(struct sh_ctx *, uint32_t pin);         /* locked: may be taken
 static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin)
 {
     uint32_t shift = c->geo.page_shift - 3;
-    return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) + (pin & ((1u << shift) - 1));
+    return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) +
+           (pin & ((1u << shift) - 1));
 }
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
 enum sh_status sh_give_all(struct sh_ctx *);
-uint64_t sh_heap_alloc(const struct sh_ctx *);   /* bytes in live blocks, from the counters */
+uint64_t sh_heap_alloc(const struct sh_ctx *); /* bytes in live blocks, from the counters */
 uint64_t sh_heap_objects(const struct sh_ctx *);
 bool sh_hold_small(struct sh_ctx *, uint32_t page, uint64_t *span);
 void sh_let_small(struct sh_ctx *, uint32_t page, uint64_t span);

@@ -10,8 +10,8 @@
  * The tables are as long as the capacity asks for and sparse: a table page is committed before its
  * first use and costs nothing until then.
  *
- * "W: x" is who writes a field, "L: y" the lock that guards it. Fields without L are atomics with an
- * order of their own, described in docs/invariants.md.
+ * "W: x" is who writes a field, "L: y" the lock that guards it. Fields without L are atomics with
+ * an order of their own, described in docs/invariants.md.
  */
 #ifndef SHMHEAP_LAYOUT_H
 #define SHMHEAP_LAYOUT_H
@@ -25,14 +25,19 @@
 
 #define SH_MAGIC        "SHMHEAP"
 #define SH_VERSION      1u
-#define SH_MAX_SLOTS    1024u /* slot 0 is the coordinator's */
+#define SH_MAX_SLOTS    1024u            /* slot 0 is the coordinator's */
 #define SH_MAX_PAGES    ((1u << 28) - 1) /* a span record has 28 bits for them */
-#define SH_NIL          0xffffffffu /* no page, no root entry */
+#define SH_NIL          0xffffffffu      /* no page, no root entry */
 #define SH_CONFIG_BYTES 2048u
 #define SH_LINE         64
 
 /* Phases of a collection (DESIGN section 6, rules 10 to 13). */
-enum sh_phase { SH_IDLE, SH_MARK, SH_FINAL, SH_SWEEP };
+enum sh_phase {
+    SH_IDLE,
+    SH_MARK,
+    SH_FINAL,
+    SH_SWEEP
+};
 
 /* Lock and undo log (I-2, I-3) */
 
@@ -53,11 +58,16 @@ struct sh_lock {
 };
 
 /* A process (I-7, I-8). Its lock has no log: pins, leases, references and block words have write
- * orders of their own, so whoever finds its holder dead has nothing to repair (I-3). The lock is one
- * word, 0 or its holder (owner and incarnation as in a span record, and 1), because it is taken twice
- * per allocation; whether a holder lives is what its liveness lock says. */
+ * orders of their own, so whoever finds its holder dead has nothing to repair (I-3). The lock is
+ * one word, 0 or its holder (owner and incarnation as in a span record, and 1), because it is taken
+ * twice per allocation; whether a holder lives is what its liveness lock says. */
 
-enum sh_slot_state { SH_SLOT_FREE, SH_SLOT_LIVE, SH_SLOT_DETACHED, SH_SLOT_DEAD };
+enum sh_slot_state {
+    SH_SLOT_FREE,
+    SH_SLOT_LIVE,
+    SH_SLOT_DETACHED,
+    SH_SLOT_DEAD
+};
 
 struct sh_slot {
     _Alignas(SH_LINE) _Atomic uint64_t lock; /* held from reading the phase to the last step */
@@ -70,10 +80,10 @@ struct sh_slot {
     _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner */
     _Atomic uint32_t wait_seen;               /* hdr.freed that the last waiter saw; W: owner */
     _Atomic uint32_t refused;                 /* wait_seen that was refused; W: coordinator */
-    _Atomic uint64_t remote[2];               /* classes others freed into, a bit each; W: anybody */
-    _Atomic uint32_t leases_taken;            /* 1: cells of ours were cleared; W: anybody */
-    _Atomic uint32_t dying;                   /* reserved for node blocks: dying list, page or NIL */
-    _Atomic uint64_t ended_ns;                /* when its end was noticed, 0 = not; W: coordinator */
+    _Atomic uint64_t remote[2];    /* classes others freed into, a bit each; W: anybody */
+    _Atomic uint32_t leases_taken; /* 1: cells of ours were cleared; W: anybody */
+    _Atomic uint32_t dying;        /* reserved for node blocks: dying list, page or NIL */
+    _Atomic uint64_t ended_ns;     /* when its end was noticed, 0 = not; W: coordinator */
 
     /* Statistics, W: owner; L: lock. Hints: the collector's walk is the truth. */
     _Alignas(SH_LINE) _Atomic uint64_t mallocs; /* blocks */
@@ -123,8 +133,8 @@ struct sh_page {
     /* FREE and orphans: next:32 prev:32 in a circular list (L: heap). LARGE: bytes asked for. */
     _Atomic uint64_t link;
     /* head:32 released:32. head: first page of the span this page lies in, kept for every page of a
-     * SMALL, PINS or LEASES span and for the last page of a FREE one. released: of the first page of
-     * a FREE span, how many of its units are RELEASED, "npreleased" (L: heap). */
+     * SMALL, PINS or LEASES span and for the last page of a FREE one. released: of the first page
+     * of a FREE span, how many of its units are RELEASED, "npreleased" (L: heap). */
     _Atomic uint64_t head;
     /* generation:40, the next one that no block starting in this page had ("watermark"; W: whoever
      * holds the span RESERVED or RELEASING). Bits 56..60: tiers whose words here may be committed
@@ -142,20 +152,30 @@ static_assert(sizeof(struct sh_page) == 32, "records are packed");
  * span RESERVED or RELEASING; inside a SMALL span by the owner or the coordinator, each under the
  * owner's process lock, or, from RESERVED to COMMITTED and from RELEASING to RELEASED, by whom the
  * first half of that step made its keeper. All zero: never touched. */
-enum sh_unit_state { SH_UNIT_RELEASED, SH_UNIT_COMMITTED, SH_UNIT_RESERVED, SH_UNIT_RELEASING };
+enum sh_unit_state {
+    SH_UNIT_RELEASED,
+    SH_UNIT_COMMITTED,
+    SH_UNIT_RESERVED,
+    SH_UNIT_RELEASING
+};
 
-#define SH_UNIT_STATE(u) ((u)&3u)
+#define SH_UNIT_STATE(u) ((u) & 3u)
 #define SH_UNIT_DIRTY    4u
 #define SH_UNIT_STAMP(u) ((u) >> 3) /* 0.1 s since creation + 1; 0 = not seen idle yet */
 #define SH_STAMP_MAX     ((1u << 29) - 1)
 
-/* A block word: state:2 node:1 mark:1 padded:1 touched:6 count:16 generation:37. Changed by CAS only
- * (DESIGN section 6). */
-enum sh_block_state { SH_BLOCK_FREE, SH_BLOCK_LIVE, SH_BLOCK_DYING, SH_BLOCK_HOLE };
+/* A block word: state:2 node:1 mark:1 padded:1 touched:6 count:16 generation:37. Changed by CAS
+ * only (DESIGN section 6). */
+enum sh_block_state {
+    SH_BLOCK_FREE,
+    SH_BLOCK_LIVE,
+    SH_BLOCK_DYING,
+    SH_BLOCK_HOLE
+};
 
 #define SH_GEN_BITS     37
 #define SH_GEN_MAX      ((1ull << SH_GEN_BITS) - 1) /* a block that reaches it is retired */
-#define SH_GEN(w)       ((w)&SH_GEN_MAX)
+#define SH_GEN(w)       ((w) & SH_GEN_MAX)
 #define SH_COUNT_SHIFT  SH_GEN_BITS
 #define SH_COUNT_MAX    0xffffull /* sticks: only the collector frees such a block */
 #define SH_COUNT_ONE    (1ull << SH_COUNT_SHIFT)
@@ -172,9 +192,9 @@ enum sh_block_state { SH_BLOCK_FREE, SH_BLOCK_LIVE, SH_BLOCK_DYING, SH_BLOCK_HOL
 
 /* A cell that holds a block: word number:40 (offset of the block word / 8), low generation:24.
  * A lease's cell has a sequence number, never 0, in place of the generation. */
-#define SH_CELL(word, low)  ((uint64_t)(word) << 24 | ((low)&0xffffffu))
-#define SH_CELL_WORD(cell)  ((cell) >> 24)
-#define SH_CELL_LOW(cell)   ((uint32_t)((cell)&0xffffffu))
+#define SH_CELL(word, low) ((uint64_t)(word) << 24 | ((low) & 0xffffffu))
+#define SH_CELL_WORD(cell) ((cell) >> 24)
+#define SH_CELL_LOW(cell)  ((uint32_t)((cell) & 0xffffffu))
 
 struct sh_lease {
     _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */
@@ -185,7 +205,12 @@ struct sh_lease {
 #define SH_NBINS 240u
 
 /* Things that can be asked of the coordinator, by ticket. */
-enum sh_request { SH_REQ_GC, SH_REQ_SCAVENGE, SH_REQ_SCAVENGE_ALL, SH_NREQUESTS };
+enum sh_request {
+    SH_REQ_GC,
+    SH_REQ_SCAVENGE,
+    SH_REQ_SCAVENGE_ALL,
+    SH_NREQUESTS
+};
 #define SH_REPORT_FIELDS 12u
 
 struct sh_request_line {
@@ -195,7 +220,13 @@ struct sh_request_line {
 };
 
 /* Why the coordinator was woken. */
-enum { SH_WANT_GC = 1, SH_WANT_SCAVENGE = 2, SH_WANT_MEMORY = 4, SH_WANT_REAP = 8, SH_WANT_LEAVE = 16 };
+enum {
+    SH_WANT_GC = 1,
+    SH_WANT_SCAVENGE = 2,
+    SH_WANT_MEMORY = 4,
+    SH_WANT_REAP = 8,
+    SH_WANT_LEAVE = 16
+};
 
 #define SH_PAUSES 256u
 
@@ -222,8 +253,8 @@ struct sh_header {
     /* L: registry */
     _Alignas(SH_LINE) _Atomic uint32_t closing; /* 1: nobody may attach any more */
     _Atomic uint32_t unlinked;                  /* 1: the name is gone; W: whoever unlinked */
-    _Atomic uint32_t poisoned;                  /* 1: a rebuild failed; W: anybody, for ever (I-3) */
-    _Atomic uint32_t slots_used;                /* slots 0..n-1 were used at some time */
+    _Atomic uint32_t poisoned;   /* 1: a rebuild failed; W: anybody, for ever (I-3) */
+    _Atomic uint32_t slots_used; /* slots 0..n-1 were used at some time */
 
     /* Read on many paths, written rarely */
     _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator */
@@ -231,20 +262,23 @@ struct sh_header {
     _Atomic uint64_t limit_units;             /* soft limit of committed units; W: coordinator */
     _Atomic uint64_t gc_trigger_pages;        /* pages in use that want a GC; W: coordinator */
 
-    _Alignas(SH_LINE) _Atomic uint32_t freed; /* futex: goes up when memory comes free for a waiter */
-    _Alignas(SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
+    _Alignas(
+        SH_LINE) _Atomic uint32_t freed; /* futex: goes up when memory comes free for a waiter */
+    _Alignas(
+        SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
 
     /* Units RESERVED, COMMITTED or RELEASING: what the kernel holds of the data area. A hint, put
      * right by the stamping walk. */
     _Alignas(SH_LINE) _Atomic uint64_t committed_units;
 
     /* L: heap, logged. 64 bits each, for the log. */
-    _Alignas(SH_LINE) _Atomic uint64_t used_pages; /* high-water mark: no page at or above was used */
-    _Atomic uint64_t inuse_pages;                  /* pages of spans that are not FREE */
-    _Atomic uint64_t table_pages;                  /* tables are committed for pages below this */
-    uint64_t bin_bits[(SH_NBINS + 63) / 64];       /* non-empty bins */
-    uint64_t bins[SH_NBINS];                       /* first page of the list, SH_NIL = empty */
-    uint64_t orphans[SH_NCLASSES];                 /* SMALL spans without owner; first page */
+    _Alignas(SH_LINE) _Atomic uint64_t
+        used_pages;                          /* high-water mark: no page at or above was used */
+    _Atomic uint64_t inuse_pages;            /* pages of spans that are not FREE */
+    _Atomic uint64_t table_pages;            /* tables are committed for pages below this */
+    uint64_t bin_bits[(SH_NBINS + 63) / 64]; /* non-empty bins */
+    uint64_t bins[SH_NBINS];                 /* first page of the list, SH_NIL = empty */
+    uint64_t orphans[SH_NCLASSES];           /* SMALL spans without owner; first page */
 
     /* L: roots, logged */
     _Alignas(SH_LINE) uint64_t roots_used; /* entries 0..n-1 were used */

@@ -68,17 +68,18 @@ static int acquire(pthread_mutex_t *m, int wait_ms)
     if (rc != EBUSY || wait_ms == 0)
         return rc;
     uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
-    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u),
+                         .tv_nsec = (long)(until % 1000000000u)};
     return pthread_mutex_clocklock(m, CLOCK_MONOTONIC, &t);
 }
 
 /* Process locks. Only the process itself and the coordinator take one, so it is nearly always free;
  * one word, because a pthread mutex would be a third of the cost of an allocation (measured, see
- * docs/explanation/locks.md). Whoever waits for a holder that has lost its liveness lock, or that has
- * been followed by another incarnation, takes over (I-8). */
+ * docs/explanation/locks.md). Whoever waits for a holder that has lost its liveness lock, or that
+ * has been followed by another incarnation, takes over (I-8). */
 
-#define SPINS     200
-#define NAP_NS    20000
+#define SPINS      200
+#define NAP_NS     20000
 #define PROBE_NAPS 16 /* naps between two looks whether the holder lives */
 
 static bool holder_is_dead(struct sh_ctx *c, uint64_t holder)
@@ -137,7 +138,8 @@ static bool may_be_logged(const struct sh_ctx *c, uint64_t off)
     if (off % 8 != 0)
         return false;
     return (off >= heap && off < heap_end) || (off >= registry && off < registry + SH_LINE) ||
-           (off >= c->geo.roots && off < c->geo.pages) || (off >= c->geo.pages && off < c->geo.units);
+           (off >= c->geo.roots && off < c->geo.pages) ||
+           (off >= c->geo.pages && off < c->geo.units);
 }
 
 /* Newest first. Restoring a word twice is harmless, so a death in here is just another death. */
@@ -224,7 +226,8 @@ bool sh_alive(struct sh_ctx *c, uint32_t slot)
     return sh_os_byte_is_held(c, sh_slot_byte(c, slot));
 }
 
-/* Something for the coordinator. The bell is rung for the first want only; c->ring says it is due. */
+/* Something for the coordinator. The bell is rung for the first want only; c->ring says it is due.
+ */
 void sh_want(struct sh_ctx *c, uint32_t bits)
 {
     if ((atomic_load(&c->hdr->wants) & bits) == bits)

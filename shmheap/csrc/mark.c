@@ -5,8 +5,8 @@
  *          -> FINAL -> what was touched -> SWEEP -> free what is neither -> IDLE
  *
  * Nobody is stopped. A change of phase is a handshake: each process's phase word is set under that
- * process's lock, so an operation is wholly in one phase. Marks are in the block words and stay as they
- * are while sweeping, so a successor can go on with the sweep of a coordinator that died.
+ * process's lock, so an operation is wholly in one phase. Marks are in the block words and stay as
+ * they are while sweeping, so a successor can go on with the sweep of a coordinator that died.
  */
 #include "core.h"
 
@@ -17,8 +17,8 @@ static uint32_t epoch_of(uint32_t phase)
     return (phase >> 8) & 0x3fu;
 }
 
-/* Under the registry lock, so that a process that attaches has the old phase and is flipped with the
- * others, or has the new one. */
+/* Under the registry lock, so that a process that attaches has the old phase and is flipped with
+ * the others, or has the new one. */
 static enum sh_status set_phase(struct sh_ctx *c, uint32_t phase, uint32_t epoch)
 {
     uint32_t value = phase | epoch << 8;
@@ -69,7 +69,8 @@ static void clear_mark(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
         atomic_fetch_and_explicit(word, ~SH_MARKED, ACQR);
 }
 
-/* Rule 10, up to the flip to MARK. First everybody goes to IDLE: no two epochs may be in use at once. */
+/* Rule 10, up to the flip to MARK. First everybody goes to IDLE: no two epochs may be in use at
+ * once. */
 enum sh_status sh_start_cycle(struct sh_ctx *c)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
@@ -155,7 +156,8 @@ static void count_touched(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
     struct count *count = arg;
     uint64_t w = atomic_load_explicit(word, ACQ);
     (void)c;
-    count->n += SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) == count->touch;
+    count->n +=
+        SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) == count->touch;
 }
 
 /* Rule 12. *blocks: those that live because they were touched. */
@@ -198,7 +200,8 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
     r.gen = SH_GEN(w);
     r.nbytes = sh_block_bytes(c, &r, w);
     while (is_garbage(s, w)) {
-        if (!atomic_compare_exchange_weak_explicit(word, &w, SH_BLOCK_WORD(SH_BLOCK_FREE, r.gen + 1), ACQR, ACQ))
+        if (!atomic_compare_exchange_weak_explicit(
+                word, &w, SH_BLOCK_WORD(SH_BLOCK_FREE, r.gen + 1), ACQR, ACQ))
             continue;
         s->blocks++;
         s->bytes += r.nbytes;
@@ -282,7 +285,8 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
     return SH_OK;
 }
 
-/* Deaths between a block and its counter leave the counters wrong: put them right if nothing moved. */
+/* Deaths between a block and its counter leave the counters wrong: put them right if nothing moved.
+ */
 static void recount_blocks(struct sh_ctx *c, const struct sweep *s, uint64_t bytes, uint64_t blocks)
 {
     if (sh_heap_alloc(c) != bytes - s->bytes || sh_heap_objects(c) != blocks - s->blocks)
@@ -292,7 +296,8 @@ static void recount_blocks(struct sh_ctx *c, const struct sweep *s, uint64_t byt
     c->recount = false;
 }
 
-/* Frees every block that is neither marked nor touched, gives back empty spans and what deaths lost. */
+/* Frees every block that is neither marked nor touched, gives back empty spans and what deaths
+ * lost. */
 enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
 {
     struct sweep *s = calloc(1, sizeof *s);
@@ -338,6 +343,7 @@ enum sh_status sh_end_cycle(struct sh_ctx *c, uint64_t next_gc, bool forced, uin
     sh_add(&h->num_forced_gc, forced);
     atomic_store(&h->last_gc, sh_os_now_ns());
     atomic_store(&h->next_gc, next_gc);
-    atomic_store(&h->gc_trigger_pages, atomic_load(&h->inuse_pages) + (room >> c->geo.page_shift) + 1);
+    atomic_store(&h->gc_trigger_pages,
+                 atomic_load(&h->inuse_pages) + (room >> c->geo.page_shift) + 1);
     return SH_OK;
 }

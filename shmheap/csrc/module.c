@@ -2,7 +2,8 @@
  * The border: the only file that knows Python. Types:
  *
  *     HeapBase   a process's use of an arena (base of shmheap.Heap)      Block     a handle
- *     Steward    the coordinator's hold on an arena                      Observer  a look from outside
+ *     Steward    the coordinator's hold on an arena                      Observer  a look from
+ * outside
  *
  * Everything of an arena is in a box, which heap and blocks share and which lives until the last of
  * them is gone. A closed box is detached and unmapped when the last exported buffer is released and
@@ -28,8 +29,8 @@
 struct box {
     struct sh_ctx ctx;
     Py_ssize_t refs, exports, calls; /* heaps and blocks; exported buffers; threads inside */
-    bool closed, attached, keep; /* keep: the last user does not close the heap */
-    PyObject *path, *bell; /* str; callable that rings the doorbell */
+    bool closed, attached, keep;     /* keep: the last user does not close the heap */
+    PyObject *path, *bell;           /* str; callable that rings the doorbell */
     struct box *next;
 };
 
@@ -37,8 +38,8 @@ typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
     PyObject *rebuild, *lease_type, *copy_bytes; /* of shmheap.block */
-    struct box *boxes; /* those that a fork must take along */
-    PyObject *spare[64]; /* memory of dead Block objects */
+    struct box *boxes;                           /* those that a fork must take along */
+    PyObject *spare[64];                         /* memory of dead Block objects */
     int nspare;
 } State;
 
@@ -130,15 +131,17 @@ static PyObject *fail(struct box *b, enum sh_status s)
         PyErr_SetString(PyExc_ValueError, "the heap is closed");
         break;
     case SH_FORKED:
-        PyErr_SetString(state->HeapError,
-                        "this process was forked without Python's fork hooks, so it holds nothing in the "
-                        "heap: use os.fork or multiprocessing, or attach again by name");
+        PyErr_SetString(
+            state->HeapError,
+            "this process was forked without Python's fork hooks, so it holds nothing in the "
+            "heap: use os.fork or multiprocessing, or attach again by name");
         break;
     case SH_STALE:
         PyErr_SetString(state->StaleHandle, "the block is gone: its last holder dropped it");
         break;
     case SH_CORRUPT:
-        PyErr_SetString(state->HeapCorrupt, "an invariant of the heap does not hold; it cannot be used");
+        PyErr_SetString(state->HeapCorrupt,
+                        "an invariant of the heap does not hold; it cannot be used");
         break;
     case SH_UNTRUSTED:
         PyErr_Format(state->UntrustedArena, "not a usable arena: %s", b->ctx.why);
@@ -162,7 +165,8 @@ static PyObject *fail(struct box *b, enum sh_status s)
     case SH_FULL:
     case SH_LIMIT:
     case SH_NOSPACE:
-        PyErr_SetString(state->HeapError, sh_status_text(s)); /* handles and roots; alloc says more */
+        PyErr_SetString(state->HeapError,
+                        sh_status_text(s)); /* handles and roots; alloc says more */
         break;
     default:
         PyErr_Format(state->HeapError, "%s", sh_status_text(s));
@@ -184,22 +188,20 @@ static bool box_usable(struct box *b)
 }
 
 /* Calls `op` without the GIL until it is not BUSY; signals are served in between. */
-#define WAITING(b, s, op)                     \
-    do {                                      \
-        (b)->calls++;                         \
-        for (;;) {                            \
-            Py_BEGIN_ALLOW_THREADS s = op;    \
-            Py_END_ALLOW_THREADS              \
-            if (s != SH_BUSY && s != SH_AGAIN) \
-                break;                        \
-            if (PyErr_CheckSignals() != 0) {  \
-                s = SH_REFUSED;               \
-                break;                        \
-            }                                 \
-        }                                     \
-        (b)->calls--;                         \
-        if ((b)->closed)                      \
-            box_settle(b);                    \
+#define WAITING(b, s, op)                                                  \
+    do {                                                                   \
+        (b)->calls++;                                                      \
+        for (;;) {                                                         \
+            Py_BEGIN_ALLOW_THREADS s = op;                                 \
+            Py_END_ALLOW_THREADS if (s != SH_BUSY && s != SH_AGAIN) break; \
+            if (PyErr_CheckSignals() != 0) {                               \
+                s = SH_REFUSED;                                            \
+                break;                                                     \
+            }                                                              \
+        }                                                                  \
+        (b)->calls--;                                                      \
+        if ((b)->closed)                                                   \
+            box_settle(b);                                                 \
     } while (0)
 
 /* Blocks */
@@ -242,13 +244,10 @@ static void block_release(Block *self)
     enum sh_status s = sh_unpin(&b->ctx, &self->ref, 0);
     if (__builtin_expect(s != SH_OK, 0)) {
         b->calls++;
-        Py_BEGIN_ALLOW_THREADS
-        while (s == SH_BUSY)
-            s = sh_unpin(&b->ctx, &self->ref, SLICE_MS);
+        Py_BEGIN_ALLOW_THREADS while (s == SH_BUSY) s = sh_unpin(&b->ctx, &self->ref, SLICE_MS);
         while (s == SH_DEFERRED || s == SH_BUSY)
             s = sh_flush(&b->ctx, SLICE_MS);
-        Py_END_ALLOW_THREADS
-        b->calls--;
+        Py_END_ALLOW_THREADS b->calls--;
         if (b->closed)
             box_settle(b);
     }
@@ -279,7 +278,8 @@ static int block_getbuffer(Block *self, Py_buffer *view, int flags)
         view->obj = NULL;
         return -1;
     }
-    if (PyBuffer_FillInfo(view, (PyObject *)self, self->ref.data, (Py_ssize_t)self->ref.nbytes, 0, flags) != 0)
+    if (PyBuffer_FillInfo(view, (PyObject *)self, self->ref.data, (Py_ssize_t)self->ref.nbytes, 0,
+                          flags) != 0)
         return -1;
     self->exports++;
     self->box->exports++;
@@ -300,10 +300,11 @@ static PyObject *block_free(Block *self, PyObject *unused)
     if (self->box == NULL)
         Py_RETURN_NONE;
     if (self->exports > 0) {
-        PyErr_Format(PyExc_BufferError,
-                     "cannot free: %zd exported buffer(s) (memoryview, NumPy array) still use the block; "
-                     "release them first",
-                     self->exports);
+        PyErr_Format(
+            PyExc_BufferError,
+            "cannot free: %zd exported buffer(s) (memoryview, NumPy array) still use the block; "
+            "release them first",
+            self->exports);
         return NULL;
     }
     if (self->box->attached && !box_usable(self->box))
@@ -359,10 +360,10 @@ static PyObject *block_repr(Block *self)
         return PyUnicode_FromString("<shmheap.Block: freed>");
     if (!self->box->attached)
         return PyUnicode_FromString("<shmheap.Block: its heap is closed>");
-    return PyUnicode_FromFormat("<shmheap.Block: %zd bytes at offset %llu, generation %llu, of %R%s>",
-                                (Py_ssize_t)self->ref.nbytes, (unsigned long long)block_offset(self),
-                                (unsigned long long)self->ref.gen, self->box->path,
-                                self->exports ? ", exported" : "");
+    return PyUnicode_FromFormat(
+        "<shmheap.Block: %zd bytes at offset %llu, generation %llu, of %R%s>",
+        (Py_ssize_t)self->ref.nbytes, (unsigned long long)block_offset(self),
+        (unsigned long long)self->ref.gen, self->box->path, self->exports ? ", exported" : "");
 }
 
 static PyObject *block_get_nbytes(Block *self, void *unused)
@@ -474,8 +475,8 @@ static PyObject *block_richcompare(PyObject *x, PyObject *y, int op)
     if ((op != Py_EQ && op != Py_NE) || Py_TYPE(x) != Py_TYPE(y))
         Py_RETURN_NOTIMPLEMENTED;
     Block *a = (Block *)x, *b = (Block *)y;
-    bool same = a == b || (a->box != NULL && b->box != NULL && a->box->attached && b->box->attached &&
-                           a->box->ctx.hdr->nonce == b->box->ctx.hdr->nonce &&
+    bool same = a == b || (a->box != NULL && b->box != NULL && a->box->attached &&
+                           b->box->attached && a->box->ctx.hdr->nonce == b->box->ctx.hdr->nonce &&
                            block_offset(a) == block_offset(b) && a->ref.gen == b->ref.gen);
     return PyBool_FromLong(same == (op == Py_EQ));
 }
@@ -494,7 +495,8 @@ static PyMethodDef block_methods[] = {
      "The memory is free when no process holds it any more. A second call does nothing.\n\n"
      "Raises:\n    BufferError: a buffer exported from this handle is still in use."},
     {"lease", (PyCFunction)block_lease, METH_NOARGS,
-     "Return a Lease: keeps the block alive on its way to another process, until taken or released.\n\n"
+     "Return a Lease: keeps the block alive on its way to another process, until taken or "
+     "released.\n\n"
      "Pickling a Block makes one by itself. Cost: the process lock."},
     {"__reduce__", (PyCFunction)block_reduce, METH_NOARGS, "Pickle as a handle, with a lease."},
     {"__copy__", (PyCFunction)block_copy, METH_NOARGS, "Another handle of the same block."},
@@ -505,7 +507,8 @@ static PyMethodDef block_methods[] = {
 static PyGetSetDef block_getset[] = {
     {"nbytes", (getter)block_get_nbytes, NULL, "Size in bytes, as asked for.", NULL},
     {"offset", (getter)block_get_offset, NULL, "Where in the data area it starts, in bytes.", NULL},
-    {"generation", (getter)block_get_generation, NULL, "How often this place was used before.", NULL},
+    {"generation", (getter)block_get_generation, NULL, "How often this place was used before.",
+     NULL},
     {"freed", (getter)block_get_freed, NULL, "Whether free() was called on this handle.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
@@ -514,10 +517,11 @@ static PyMemberDef block_members[] = {
     {NULL, 0, 0, 0, NULL}};
 
 static PyType_Slot block_slots[] = {
-    {Py_tp_doc, "Shared memory that this process holds: made by Heap.alloc and Heap.put.\n\n"
-                "Has the buffer protocol (memoryview, numpy.frombuffer); an exported buffer keeps the\n"
-                "block alive. Pickles as a handle to any process of the host. Freed when the last\n"
-                "holder in any process drops it."},
+    {Py_tp_doc,
+     "Shared memory that this process holds: made by Heap.alloc and Heap.put.\n\n"
+     "Has the buffer protocol (memoryview, numpy.frombuffer); an exported buffer keeps the\n"
+     "block alive. Pickles as a handle to any process of the host. Freed when the last\n"
+     "holder in any process drops it."},
     {Py_tp_dealloc, block_dealloc},
     {Py_tp_repr, block_repr},
     {Py_tp_hash, block_hash},
@@ -533,7 +537,8 @@ static PyType_Slot block_slots[] = {
     {0, NULL}};
 
 static PyType_Spec block_spec = {"shmheap._core.Block", sizeof(Block), 0,
-                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, block_slots};
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                                 block_slots};
 
 /* Heaps */
 
@@ -668,8 +673,10 @@ static PyObject *alloc_block(Heap *self, Py_ssize_t n, bool zero, enum sh_status
     return alloc_slow(self, block, (uint64_t)n, zero, s);
 }
 
-/* Memory is short: Python asks the coordinator, waits as long as it may, and says why if it fails. */
-static PyObject *alloc_when_short(Heap *self, Py_ssize_t n, bool zero, PyObject *timeout, enum sh_status s)
+/* Memory is short: Python asks the coordinator, waits as long as it may, and says why if it fails.
+ */
+static PyObject *alloc_when_short(Heap *self, Py_ssize_t n, bool zero, PyObject *timeout,
+                                  enum sh_status s)
 {
     return PyObject_CallMethod((PyObject *)self, "_alloc_when_short", "niOi", n, (int)zero,
                                timeout ? timeout : Py_False, (int)s);
@@ -681,7 +688,8 @@ static PyObject *heap_alloc(Heap *self, PyObject *const *args, Py_ssize_t nargs,
     enum sh_status s = SH_OK;
     bool zero = true;
     if (nargs != 1)
-        return PyErr_Format(PyExc_TypeError, "alloc() takes 1 positional argument (nbytes), not %zd", nargs);
+        return PyErr_Format(PyExc_TypeError,
+                            "alloc() takes 1 positional argument (nbytes), not %zd", nargs);
     for (Py_ssize_t i = 0; kwnames != NULL && i < PyTuple_Size(kwnames); i++) {
         PyObject *name = PyTuple_GetItem(kwnames, i);
         if (PyUnicode_CompareWithASCIIString(name, "zero") == 0) {
@@ -692,7 +700,8 @@ static PyObject *heap_alloc(Heap *self, PyObject *const *args, Py_ssize_t nargs,
         } else if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
             timeout = args[nargs + i];
         } else {
-            return PyErr_Format(PyExc_TypeError, "alloc() got an unexpected keyword argument %R", name);
+            return PyErr_Format(PyExc_TypeError, "alloc() got an unexpected keyword argument %R",
+                                name);
         }
     }
     Py_ssize_t n = parse_nbytes(args[0]);
@@ -728,7 +737,8 @@ static PyObject *heap_put(Heap *self, PyObject *data)
         if (block == NULL && !PyErr_Occurred())
             block = alloc_when_short(self, view.len, false, NULL, s);
     }
-    if (block != NULL && PyBuffer_ToContiguous(((Block *)block)->ref.data, &view, view.len, 'C') != 0)
+    if (block != NULL &&
+        PyBuffer_ToContiguous(((Block *)block)->ref.data, &view, view.len, 'C') != 0)
         Py_CLEAR(block);
     PyBuffer_Release(&view);
     return block;
@@ -800,8 +810,10 @@ static PyObject *heap_root_set(Heap *self, PyObject *args)
         return NULL;
     struct box *b = self->box;
     if (block->box->ctx.hdr->nonce != b->ctx.hdr->nonce)
-        return PyErr_Format(PyExc_ValueError, "the block belongs to another heap; copy it with heap.put()");
-    struct sh_ref ref = block->ref; /* the block may be another Heap object's: as this one maps it */
+        return PyErr_Format(PyExc_ValueError,
+                            "the block belongs to another heap; copy it with heap.put()");
+    struct sh_ref ref =
+        block->ref; /* the block may be another Heap object's: as this one maps it */
     ref.data += b->ctx.base - block->box->ctx.base;
     ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
     WAITING(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
@@ -878,7 +890,8 @@ struct sums {
 
 static struct sums sum_slots(const struct sh_ctx *c)
 {
-    struct sums s = {.mallocs = atomic_load(&c->hdr->past_mallocs), .frees = atomic_load(&c->hdr->past_frees)};
+    struct sums s = {.mallocs = atomic_load(&c->hdr->past_mallocs),
+                     .frees = atomic_load(&c->hdr->past_frees)};
     uint32_t used = atomic_load(&c->hdr->slots_used);
     for (uint32_t i = 0; i < used && i < SH_MAX_SLOTS; i++) {
         struct sh_slot *slot = sh_slot(c, i);
@@ -1023,7 +1036,8 @@ static PyObject *heap_await(Heap *self, PyObject *args)
     if (kind < 0 || kind >= SH_NREQUESTS)
         return PyErr_Format(PyExc_ValueError, "no such request: %d", kind);
     struct box *b = self->box;
-    uint64_t until = timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
+    uint64_t until =
+        timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
     do {
         WAITING(b, s, sh_await(&b->ctx, (enum sh_request)kind, ticket, SLICE_MS));
         if (PyErr_CheckSignals() != 0)
@@ -1035,8 +1049,9 @@ static PyObject *heap_await(Heap *self, PyObject *args)
         Py_RETURN_NONE;
     PyObject *fields = PyTuple_New(SH_REPORT_FIELDS);
     for (uint32_t i = 0; fields != NULL && i < SH_REPORT_FIELDS; i++)
-        PyTuple_SetItem(fields, (Py_ssize_t)i,
-                        PyLong_FromUnsignedLongLong(atomic_load(&b->ctx.hdr->requests[kind].fields[i])));
+        PyTuple_SetItem(
+            fields, (Py_ssize_t)i,
+            PyLong_FromUnsignedLongLong(atomic_load(&b->ctx.hdr->requests[kind].fields[i])));
     return fields;
 }
 
@@ -1044,7 +1059,8 @@ static PyObject *heap_await(Heap *self, PyObject *args)
 static PyObject *heap_freed(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return box_usable(self->box) ? PyLong_FromUnsignedLong(atomic_load(&self->box->ctx.hdr->freed)) : NULL;
+    return box_usable(self->box) ? PyLong_FromUnsignedLong(atomic_load(&self->box->ctx.hdr->freed))
+                                 : NULL;
 }
 
 /* _waiting(begins) */
@@ -1149,7 +1165,8 @@ static PyObject *heap_config(Heap *self, PyObject *unused)
 static PyMethodDef heap_methods[] = {
     {"_attach", (PyCFunction)heap_attach, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS,
-     "Leave the heap: this process drops what it holds. Exported buffers stay valid until released.\n\n"
+     "Leave the heap: this process drops what it holds. Exported buffers stay valid until "
+     "released.\n\n"
      "Idempotent. Blocks of this Heap object cannot be used any more. Never unlinks."},
     {"alloc", (PyCFunction)(void (*)(void))heap_alloc, METH_FASTCALL | METH_KEYWORDS,
      "alloc($self, nbytes, /, *, zero=True, timeout=0)\n--\n\n"
@@ -1159,7 +1176,8 @@ static PyMethodDef heap_methods[] = {
      "    zero: Whether the bytes are zeroed; otherwise they are arbitrary.\n"
      "    timeout: Seconds to wait for memory: 0 fails at once, None waits for ever.\n\n"
      "Raises:\n"
-     "    HeapFull: No memory, and waiting did not help. Says which limit, who holds most, what to do.\n"
+     "    HeapFull: No memory, and waiting did not help. Says which limit, who holds most, what to "
+     "do.\n"
      "    ValueError: nbytes < 1, or the heap is closed.\n\n"
      "Cost: about that of bytearray(nbytes) up to 64 KiB: no system call, no lock that another\n"
      "process wants. Larger blocks take the heap lock, and pages not in memory are committed."},
@@ -1190,7 +1208,8 @@ static PyMethodDef heap_methods[] = {
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef heap_getset[] = {
-    {"capacity", (getter)heap_get_capacity, NULL, "Bytes that blocks can have together, at most.", NULL},
+    {"capacity", (getter)heap_get_capacity, NULL, "Bytes that blocks can have together, at most.",
+     NULL},
     {"nonce", (getter)heap_get_nonce, NULL, "Random number that names this arena for ever.", NULL},
     {"closed", (getter)heap_get_closed, NULL, "Whether close() was called.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
@@ -1199,24 +1218,25 @@ static PyMemberDef heap_members[] = {
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Heap, weakrefs), READONLY, NULL},
     {NULL, 0, 0, 0, NULL}};
 
-static PyType_Slot heap_slots[] = {{Py_tp_doc, "A process's use of an arena; the base of shmheap.Heap."},
-                                   {Py_tp_new, heap_new},
-                                   {Py_tp_dealloc, heap_dealloc},
-                                   {Py_tp_methods, heap_methods},
-                                   {Py_tp_getset, heap_getset},
-                                   {Py_tp_members, heap_members},
-                                   {0, NULL}};
+static PyType_Slot heap_slots[] = {
+    {Py_tp_doc, "A process's use of an arena; the base of shmheap.Heap."},
+    {Py_tp_new, heap_new},
+    {Py_tp_dealloc, heap_dealloc},
+    {Py_tp_methods, heap_methods},
+    {Py_tp_getset, heap_getset},
+    {Py_tp_members, heap_members},
+    {0, NULL}};
 
 static PyType_Spec heap_spec = {"shmheap._core.HeapBase", sizeof(Heap), 0,
                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, heap_slots};
 
 /* The coordinator's side. One thread; long walks are done without the GIL. */
 
-#define STEWARD(s, op)                 \
-    struct box *b = self->box;         \
-    struct sh_ctx *c = &b->ctx;        \
-    enum sh_status s;                  \
-    Py_BEGIN_ALLOW_THREADS s = op;     \
+#define STEWARD(s, op)             \
+    struct box *b = self->box;     \
+    struct sh_ctx *c = &b->ctx;    \
+    enum sh_status s;              \
+    Py_BEGIN_ALLOW_THREADS s = op; \
     Py_END_ALLOW_THREADS if (s != SH_OK) return fail(b, s)
 
 static PyObject *steward_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -1288,9 +1308,10 @@ static PyObject *steward_slots(Heap *self, PyObject *unused)
         if (atomic_load(&s->state) == SH_SLOT_FREE)
             continue;
         PyObject *row = Py_BuildValue(
-            "(IIIIKKI)", i, (unsigned int)atomic_load(&s->state), (unsigned int)atomic_load(&s->pid),
-            (unsigned int)atomic_load(&s->incarnation), (unsigned long long)atomic_load(&s->pins),
-            (unsigned long long)atomic_load(&s->leases), (unsigned int)atomic_load(&s->waiting));
+            "(IIIIKKI)", i, (unsigned int)atomic_load(&s->state),
+            (unsigned int)atomic_load(&s->pid), (unsigned int)atomic_load(&s->incarnation),
+            (unsigned long long)atomic_load(&s->pins), (unsigned long long)atomic_load(&s->leases),
+            (unsigned int)atomic_load(&s->waiting));
         if (row == NULL || PyList_Append(list, row) != 0)
             Py_CLEAR(list);
         Py_XDECREF(row);
@@ -1365,7 +1386,8 @@ static PyObject *steward_pending(Heap *self, PyObject *args)
 {
     int kind;
     struct sh_request_line *line;
-    if (!steward_open(self) || !PyArg_ParseTuple(args, "i:pending", &kind) || (line = request_line(self, kind)) == NULL)
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "i:pending", &kind) ||
+        (line = request_line(self, kind)) == NULL)
         return NULL;
     uint32_t wanted = atomic_load(&line->wanted);
     return PyLong_FromUnsignedLong(wanted == atomic_load(&line->done) ? 0 : wanted);
@@ -1437,7 +1459,8 @@ static PyObject *steward_sweep(Heap *self, PyObject *unused)
     if (!steward_open(self))
         return NULL;
     STEWARD(s, sh_sweep(c, &blocks, &bytes));
-    return Py_BuildValue("(KKN)", (unsigned long long)blocks, (unsigned long long)bytes, pause_of(c));
+    return Py_BuildValue("(KKN)", (unsigned long long)blocks, (unsigned long long)bytes,
+                         pause_of(c));
 }
 
 static PyObject *steward_stamp(Heap *self, PyObject *args)
@@ -1454,7 +1477,8 @@ static PyObject *steward_end_cycle(Heap *self, PyObject *args)
 {
     unsigned long long next_gc, pause_ns;
     int forced;
-    if (!steward_open(self) || !PyArg_ParseTuple(args, "KpK:end_cycle", &next_gc, &forced, &pause_ns))
+    if (!steward_open(self) ||
+        !PyArg_ParseTuple(args, "KpK:end_cycle", &next_gc, &forced, &pause_ns))
         return NULL;
     STEWARD(s, sh_end_cycle(c, next_gc, forced, pause_ns));
     return pause_of(c);
@@ -1469,7 +1493,8 @@ static PyObject *steward_release(Heap *self, PyObject *args)
     if (!steward_open(self) || !PyArg_ParseTuple(args, "IK:release", &stamp_le, &max_bytes))
         return NULL;
     STEWARD(s, sh_release(c, stamp_le, max_bytes, &bytes, &runs, &more));
-    return Py_BuildValue("(KKN)", (unsigned long long)bytes, (unsigned long long)runs, PyBool_FromLong(more));
+    return Py_BuildValue("(KKN)", (unsigned long long)bytes, (unsigned long long)runs,
+                         PyBool_FromLong(more));
 }
 
 static PyObject *steward_stats(Heap *self, PyObject *unused)
@@ -1560,7 +1585,8 @@ static PyType_Slot steward_slot_list[] = {{Py_tp_doc, "The coordinator's hold on
                                           {Py_tp_members, heap_members},
                                           {0, NULL}};
 
-static PyType_Spec steward_spec = {"shmheap._core.Steward", sizeof(Heap), 0, Py_TPFLAGS_DEFAULT, steward_slot_list};
+static PyType_Spec steward_spec = {"shmheap._core.Steward", sizeof(Heap), 0, Py_TPFLAGS_DEFAULT,
+                                   steward_slot_list};
 
 /* A look from outside: no slot, no lock, a read-only mapping */
 
@@ -1603,13 +1629,15 @@ static PyObject *observer_books(Heap *self, PyObject *unused)
 static PyObject *observer_stats(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return self->box && self->box->attached ? stats_of(&self->box->ctx) : fail(self->box, SH_CLOSED);
+    return self->box && self->box->attached ? stats_of(&self->box->ctx)
+                                            : fail(self->box, SH_CLOSED);
 }
 
 static PyObject *observer_processes(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return self->box && self->box->attached ? holders_of(&self->box->ctx) : fail(self->box, SH_CLOSED);
+    return self->box && self->box->attached ? holders_of(&self->box->ctx)
+                                            : fail(self->box, SH_CLOSED);
 }
 
 static PyObject *observer_header(Heap *self, PyObject *unused)
@@ -1620,8 +1648,9 @@ static PyObject *observer_header(Heap *self, PyObject *unused)
     const struct sh_ctx *c = &self->box->ctx;
     const struct sh_header *h = c->hdr;
     return Py_BuildValue("{sI sK sI sI sK sK sN sI sI sI sN}", "version", h->version, "nonce",
-                         (unsigned long long)h->nonce, "page_bytes", 1u << h->page_shift, "unit_bytes",
-                         1u << h->unit_shift, "capacity", (unsigned long long)h->capacity, "created_ns",
+                         (unsigned long long)h->nonce, "page_bytes", 1u << h->page_shift,
+                         "unit_bytes", 1u << h->unit_shift, "capacity",
+                         (unsigned long long)h->capacity, "created_ns",
                          (unsigned long long)h->created_ns, "coordinator_alive",
                          PyBool_FromLong(sh_alive(&self->box->ctx, 0)), "coordinator_pid",
                          (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "phase",
@@ -1637,15 +1666,17 @@ static PyMethodDef observer_methods[] = {
     {"close", (PyCFunction)heap_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
-static PyType_Slot observer_slots[] = {{Py_tp_doc, "A look at an arena from outside: no user, no lock, read-only."},
-                                       {Py_tp_new, observer_new},
-                                       {Py_tp_dealloc, heap_dealloc},
-                                       {Py_tp_methods, observer_methods},
-                                       {Py_tp_getset, heap_getset},
-                                       {Py_tp_members, heap_members},
-                                       {0, NULL}};
+static PyType_Slot observer_slots[] = {
+    {Py_tp_doc, "A look at an arena from outside: no user, no lock, read-only."},
+    {Py_tp_new, observer_new},
+    {Py_tp_dealloc, heap_dealloc},
+    {Py_tp_methods, observer_methods},
+    {Py_tp_getset, heap_getset},
+    {Py_tp_members, heap_members},
+    {0, NULL}};
 
-static PyType_Spec observer_spec = {"shmheap._core.Observer", sizeof(Heap), 0, Py_TPFLAGS_DEFAULT, observer_slots};
+static PyType_Spec observer_spec = {"shmheap._core.Observer", sizeof(Heap), 0, Py_TPFLAGS_DEFAULT,
+                                    observer_slots};
 
 /* Module functions */
 
@@ -1687,7 +1718,8 @@ static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
     if (error == 0 && log != Py_None && !PyUnicode_FSConverter(log, &path))
         error = -1;
     if (error == 0) {
-        Py_BEGIN_ALLOW_THREADS error = sh_os_spawn_detached(argv, path ? PyBytes_AsString(path) : NULL);
+        Py_BEGIN_ALLOW_THREADS error =
+            sh_os_spawn_detached(argv, path ? PyBytes_AsString(path) : NULL);
         Py_END_ALLOW_THREADS
     }
     for (Py_ssize_t i = 0; i < 32; i++)
@@ -1772,14 +1804,16 @@ static int add_constants(PyObject *m)
            PyModule_AddIntConstant(m, "MAX_SMALL_BYTES", SH_MAX_SMALL) ||
            PyModule_AddIntConstant(m, "MAX_ROOT_NAME_BYTES", SH_ROOT_NAME_MAX) ||
            PyModule_AddIntConstant(m, "MAX_PROCESSES", SH_MAX_SLOTS - 1) ||
-           PyModule_AddIntConstant(m, "FULL", SH_FULL) || PyModule_AddIntConstant(m, "LIMIT", SH_LIMIT) ||
+           PyModule_AddIntConstant(m, "FULL", SH_FULL) ||
+           PyModule_AddIntConstant(m, "LIMIT", SH_LIMIT) ||
            PyModule_AddIntConstant(m, "NOSPACE", SH_NOSPACE);
 }
 
 static int module_exec(PyObject *m)
 {
     if (state != NULL) {
-        PyErr_SetString(PyExc_ImportError, "shmheap._core can be loaded into one interpreter of a process");
+        PyErr_SetString(PyExc_ImportError,
+                        "shmheap._core can be loaded into one interpreter of a process");
         return -1;
     }
     State *st = PyModule_GetState(m);
@@ -1794,9 +1828,16 @@ static int module_exec(PyObject *m)
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
 
 static struct PyModuleDef moduledef = {
-    PyModuleDef_HEAD_INIT, "shmheap._core", "The core of shmheap: whatever runs under a shared lock, "
-    "and whatever runs once per allocation. It takes no decision.", sizeof(State), module_methods,
-    module_slots, NULL, NULL, NULL};
+    PyModuleDef_HEAD_INIT,
+    "shmheap._core",
+    "The core of shmheap: whatever runs under a shared lock, "
+    "and whatever runs once per allocation. It takes no decision.",
+    sizeof(State),
+    module_methods,
+    module_slots,
+    NULL,
+    NULL,
+    NULL};
 
 PyMODINIT_FUNC PyInit__core(void)
 {

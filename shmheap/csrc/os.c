@@ -31,7 +31,8 @@ void *sh_os_map(int fd, uint64_t bytes, bool writable)
     void *at = mmap(NULL, bytes, prot, MAP_SHARED | MAP_NORESERVE, fd, 0);
     if (at == MAP_FAILED)
         return NULL;
-    madvise(at, bytes, MADV_DONTDUMP); /* other processes' data does not belong into our core dump */
+    madvise(at, bytes,
+            MADV_DONTDUMP); /* other processes' data does not belong into our core dump */
     return at;
 }
 
@@ -43,8 +44,8 @@ void sh_os_unmap(void *at, uint64_t bytes)
 /* Zeroed memory of this process alone, which costs nothing until it is touched. */
 void *sh_os_private(uint64_t bytes)
 {
-    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                    -1, 0);
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at == MAP_FAILED ? NULL : at;
 }
 
@@ -62,7 +63,8 @@ void *sh_os_wiped_on_fork(void)
     return at;
 }
 
-/* Whether c->fd is still our file: a daemonizer may have closed it, and the number been used again. */
+/* Whether c->fd is still our file: a daemonizer may have closed it, and the number been used again.
+ */
 static bool fd_is_ours(const struct sh_ctx *c)
 {
     struct stat st;
@@ -110,7 +112,8 @@ int sh_os_unused(struct sh_ctx *c, uint64_t off, uint64_t bytes)
 
 static struct flock lock_of_byte(uint64_t byte)
 {
-    return (struct flock){.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+    return (struct flock){
+        .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
 }
 
 /* Holds the byte's lock for as long as this process has the returned page mapped: the lock belongs
@@ -119,7 +122,8 @@ void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited)
 {
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    int own = open(path, O_RDWR | O_CLOEXEC); /* an open file of its own, also of an unlinked file */
+    int own =
+        open(path, O_RDWR | O_CLOEXEC); /* an open file of its own, also of an unlinked file */
     if (own < 0)
         return NULL;
     struct flock l = lock_of_byte(byte);
@@ -186,8 +190,8 @@ void sh_os_nap(long ns)
     nanosleep(&t, NULL);
 }
 
-/* The grandchild: a session of its own that it does not lead, no terminal, no inherited descriptors.
- * Only async-signal-safe calls: other threads of the parent may hold any lock. */
+/* The grandchild: a session of its own that it does not lead, no terminal, no inherited
+ * descriptors. Only async-signal-safe calls: other threads of the parent may hold any lock. */
 static void run_detached(char *const argv[], const char *log_path)
 {
     int null = open("/dev/null", O_RDWR);

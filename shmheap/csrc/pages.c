@@ -1,12 +1,12 @@
 /*
  * The page heap: runs of pages, free or in use.
  *
- * Problem: find, split and merge runs in a time that does not depend on how many there are, and lose
- * none when a process dies in the middle. Goal: O(1) logged words per operation under the heap lock,
- * and no system call there.
+ * Problem: find, split and merge runs in a time that does not depend on how many there are, and
+ * lose none when a process dies in the middle. Goal: O(1) logged words per operation under the heap
+ * lock, and no system call there.
  *
- * Free runs are kept by length, one list per page count up to 64 and eight per doubling beyond. What
- * is wholly or partly committed goes to the head of its list and is used first; what is wholly
+ * Free runs are kept by length, one list per page count up to 64 and eight per doubling beyond.
+ * What is wholly or partly committed goes to the head of its list and is used first; what is wholly
  * released goes to the end. A search takes the first list whose every run is long enough:
  *
  *     FREE --take--> RESERVED(owner) --commit--> in use --> RESERVED(owner) --give--> FREE
@@ -207,8 +207,8 @@ uint64_t sh_units_released(const struct sh_ctx *c, uint64_t unit, uint64_t n)
     return released;
 }
 
-/* How many of a free run's released units are in its first n pages: counted only in a mixed run, and
- * on the shorter side. */
+/* How many of a free run's released units are in its first n pages: counted only in a mixed run,
+ * and on the shorter side. */
 static uint64_t released_in_front(struct sh_ctx *c, uint32_t page, uint32_t n, uint32_t whole)
 {
     uint64_t per = sh_units_per_page(c), total = released_of(c, page);
@@ -272,8 +272,8 @@ static uint32_t find(struct sh_ctx *c, uint32_t n)
     return bin < SH_NBINS ? (uint32_t)c->hdr->bins[bin] : SH_NIL;
 }
 
-/* Raises the high-water mark so that a run of n pages ends there. SH_SLOW: *tables says for how many
- * pages the tables must be committed first. */
+/* Raises the high-water mark so that a run of n pages ends there. SH_SLOW: *tables says for how
+ * many pages the tables must be committed first. */
 static enum sh_status grow(struct sh_ctx *c, uint32_t n, uint64_t *tables)
 {
     uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
@@ -306,7 +306,8 @@ static enum sh_status commit_tables(struct sh_ctx *c, uint64_t pages, int wait_m
     uint64_t from = atomic_load_explicit(&c->hdr->table_pages, RLX), n = to - from;
     if (to <= from)
         return SH_OK;
-    int error = sh_os_commit(c, c->geo.pages + from * sizeof(struct sh_page), n * sizeof(struct sh_page));
+    int error =
+        sh_os_commit(c, c->geo.pages + from * sizeof(struct sh_page), n * sizeof(struct sh_page));
     if (error == 0)
         error = sh_os_commit(c, c->geo.units + sh_unit_of_page(c, (uint32_t)from) * 4,
                              n * sh_units_per_page(c) * 4);
@@ -388,7 +389,8 @@ enum sh_status sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n
     for (uint32_t from = 0; from < n; from += SH_GIVE_MAX) {
         uint32_t some = n - from < SH_GIVE_MAX ? n - from : SH_GIVE_MAX;
         for (uint32_t i = 0; i < some; i++) {
-            uint64_t units = (uint64_t)SH_SPAN_NPAGES(sh_span(c, pages[from + i])) * sh_units_per_page(c);
+            uint64_t units =
+                (uint64_t)SH_SPAN_NPAGES(sh_span(c, pages[from + i])) * sh_units_per_page(c);
             released[i] = sh_units_released(c, sh_unit_of_page(c, pages[from + i]), units);
         }
         enum sh_status s = sh_heap_lock(c, wait_ms);
@@ -457,8 +459,8 @@ enum sh_status sh_pages_commit(struct sh_ctx *c, uint32_t page, uint32_t npages)
             continue;
         }
         uint64_t run = 1;
-        while (unit + run < end && SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit + run), RLX)) ==
-                                       SH_UNIT_RELEASED)
+        while (unit + run < end &&
+               SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit + run), RLX)) == SH_UNIT_RELEASED)
             run++;
         enum sh_status s = commit_units(c, unit, run);
         if (s != SH_OK)
@@ -549,10 +551,12 @@ enum sh_status sh_pages_rebuild(struct sh_ctx *c)
         uint32_t n = SH_SPAN_NPAGES(span), state = SH_SPAN_STATE(span);
         if (state == SH_NONE || n == 0 || page + (uint64_t)n > used)
             return SH_CORRUPT;
-        sh_commit(&c->hdr->heap); /* the list functions log; the mark says that this means nothing */
+        sh_commit(
+            &c->hdr->heap); /* the list functions log; the mark says that this means nothing */
         if (state == SH_FREE)
-            put_free(c, page, n,
-                     sh_units_released(c, sh_unit_of_page(c, page), (uint64_t)n * sh_units_per_page(c)));
+            put_free(
+                c, page, n,
+                sh_units_released(c, sh_unit_of_page(c, page), (uint64_t)n * sh_units_per_page(c)));
         else
             inuse += n;
         if (state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE &&

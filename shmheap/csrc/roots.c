@@ -2,8 +2,8 @@
  * Named roots: blocks that live because they have a name.
  *
  * Names are in a table under the roots lock; what a name stands for is one cell, which changes like
- * every reference (DESIGN section 6, rules 5 to 7) with the process lock held inside the roots lock.
- * Only the table is logged: an entry whose cell is 0 is a name that stands for nothing.
+ * every reference (DESIGN section 6, rules 5 to 7) with the process lock held inside the roots
+ * lock. Only the table is logged: an entry whose cell is 0 is a name that stands for nothing.
  */
 #include "core.h"
 
@@ -97,8 +97,8 @@ static void remove_entry(struct sh_ctx *c, uint64_t *link, uint64_t entry)
     sh_set(c, l, &c->hdr->roots_free, entry);
 }
 
-/* Rule 7 for a cell that only holders of the roots lock write: new is counted already; touch the old
- * one, put the new one in its place, and only then count the old one down. */
+/* Rule 7 for a cell that only holders of the roots lock write: new is counted already; touch the
+ * old one, put the new one in its place, and only then count the old one down. */
 static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
 {
     struct sh_ref old;
@@ -116,7 +116,8 @@ static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
         sh_block_freed(c, &old);
 }
 
-static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t len, const struct sh_ref *ref)
+static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t len,
+                                 const struct sh_ref *ref)
 {
     uint32_t hash = hash_of(name, len);
     uint64_t entry, *link = find_link(c, name, len, hash);
@@ -136,7 +137,8 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
 }
 
 /* The name stands for the block from now on. Atomic: others see the old block or the new one. */
-enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len, const struct sh_ref *ref, int wait_ms)
+enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len,
+                           const struct sh_ref *ref, int wait_ms)
 {
     for (;;) {
         enum sh_status status = lock_both(c, wait_ms);
@@ -150,8 +152,8 @@ enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len, con
         if (status != SH_SLOW)
             return status;
         uint64_t n = 16;
-        status = sh_status_of_errno(
-            sh_os_commit(c, c->geo.roots + used * sizeof(struct sh_root), n * sizeof(struct sh_root)));
+        status = sh_status_of_errno(sh_os_commit(c, c->geo.roots + used * sizeof(struct sh_root),
+                                                 n * sizeof(struct sh_root)));
         if (status != SH_OK)
             return status;
         c->roots_committed = (uint32_t)(used + n);
@@ -177,7 +179,8 @@ enum sh_status sh_root_clear(struct sh_ctx *c, const char *name, uint32_t len, i
 }
 
 /* Pins the block that the name stands for. */
-enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms, struct sh_ref *r)
+enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms,
+                           struct sh_ref *r)
 {
     enum sh_status status = sh_refill(c, SH_KIND_PINS, wait_ms);
     if (status == SH_OK)
@@ -200,9 +203,10 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
     return status == SH_SLOW ? SH_BUSY : status;
 }
 
-/* The first name at or after *entry in table order, and *entry behind it. SH_ABSENT: there is none. */
-enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT_NAME_MAX], uint32_t *len,
-                            int wait_ms)
+/* The first name at or after *entry in table order, and *entry behind it. SH_ABSENT: there is none.
+ */
+enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
+                            uint32_t *len, int wait_ms)
 {
     enum sh_status status = lock_both(c, wait_ms);
     if (status != SH_OK)

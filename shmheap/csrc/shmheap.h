@@ -3,9 +3,9 @@
  * can play processes, because all state is in struct sh_ctx.
  *
  * A context is one process's use of one arena. Its private part is guarded by the lock of its slot
- * (the "process lock"), so threads of a process may share it. Functions return one of enum sh_status.
- * `wait_ms`: how long to wait for a lock that another holds; 0 tries only. SH_BUSY means that the
- * operation changed nothing and may be repeated.
+ * (the "process lock"), so threads of a process may share it. Functions return one of enum
+ * sh_status. `wait_ms`: how long to wait for a lock that another holds; 0 tries only. SH_BUSY means
+ * that the operation changed nothing and may be repeated.
  */
 #ifndef SHMHEAP_H
 #define SHMHEAP_H
@@ -41,12 +41,18 @@ enum sh_status {
 
 const char *sh_status_text(enum sh_status);
 
-/* The blocks of one span that its owner knows to be free, or the free cells of a pin or lease span. */
-enum sh_ring { SH_AVAIL, SH_HOLEY, SH_ALL, SH_NRINGS }; /* with free bits; with holes; every one */
+/* The blocks of one span that its owner knows to be free, or the free cells of a pin or lease span.
+ */
+enum sh_ring {
+    SH_AVAIL,
+    SH_HOLEY,
+    SH_ALL,
+    SH_NRINGS
+}; /* with free bits; with holes; every one */
 
 struct sh_pspan {
     struct sh_pspan *next[SH_NRINGS], *prev[SH_NRINGS];
-    uint64_t span; /* what the record says as long as the span is ours */
+    uint64_t span;       /* what the record says as long as the span is ours */
     uint32_t page, kind; /* kind: class, or SH_KIND_ */
     uint32_t nblocks, nfree;
     uint32_t rings;  /* the rings it is in, a bit each */
@@ -79,24 +85,25 @@ struct sh_ctx {
     uint32_t slot_index;
     int fd;
     uint64_t dev, ino;
-    void *alive;                  /* page mapped through the open file that holds the liveness lock */
-    _Atomic uint32_t *forked;     /* 1 here, 0 in a process forked without the hooks (WIPEONFORK) */
-    struct sh_pspan **pspan_at;   /* by first page; private, sparse */
+    void *alive;                /* page mapped through the open file that holds the liveness lock */
+    _Atomic uint32_t *forked;   /* 1 here, 0 in a process forked without the hooks (WIPEONFORK) */
+    struct sh_pspan **pspan_at; /* by first page; private, sparse */
     struct sh_shelf shelves[SH_NKINDS];
     struct sh_pspan **pin_spans; /* by number; private, sparse: see sh_pin_cell */
     uint32_t npin_spans;
-    uint32_t deferred;  /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
+    uint32_t
+        deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
-    uint32_t held; /* locks held, by rank; debug builds */
+    uint32_t held;             /* locks held, by rank; debug builds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
-    _Atomic bool ring;     /* the coordinator has something new to do: ring its bell */
-    bool recount;  /* coordinator: somebody died since the counters were last put right */
+    _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
+    bool recount;          /* coordinator: somebody died since the counters were last put right */
     uint32_t release_next; /* coordinator: page at which the release walk goes on */
-    uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
+    uint64_t longest_ns;   /* longest hold of a process lock by the coordinator since reset */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
-    const char *why;     /* SH_UNTRUSTED: what is wrong */
-    struct sh_ctx *child;       /* between the hooks of a fork */
+    const char *why;                  /* SH_UNTRUSTED: what is wrong */
+    struct sh_ctx *child;             /* between the hooks of a fork */
 };
 
 /* A block as its holder sees it. */
@@ -138,8 +145,8 @@ enum sh_status sh_alloc(struct sh_ctx *, uint64_t nbytes, bool zero, int wait_ms
 enum sh_status sh_unpin(struct sh_ctx *, struct sh_ref *, int wait_ms);
 enum sh_status sh_flush(struct sh_ctx *, int wait_ms);
 enum sh_status sh_repin(struct sh_ctx *, const struct sh_ref *, int wait_ms, struct sh_ref *);
-enum sh_status sh_lease_make(struct sh_ctx *, const struct sh_ref *, int wait_ms, uint64_t *cell_off,
-                             uint32_t *seq);
+enum sh_status sh_lease_make(struct sh_ctx *, const struct sh_ref *, int wait_ms,
+                             uint64_t *cell_off, uint32_t *seq);
 enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t cell_off, uint32_t seq,
                              int wait_ms);
 enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
@@ -149,11 +156,13 @@ enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
 uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);
 
 /* roots.c: named roots */
-enum sh_status sh_root_get(struct sh_ctx *, const char *name, uint32_t len, int wait_ms, struct sh_ref *);
-enum sh_status sh_root_set(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *, int wait_ms);
+enum sh_status sh_root_get(struct sh_ctx *, const char *name, uint32_t len, int wait_ms,
+                           struct sh_ref *);
+enum sh_status sh_root_set(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *,
+                           int wait_ms);
 enum sh_status sh_root_clear(struct sh_ctx *, const char *name, uint32_t len, int wait_ms);
-enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX], uint32_t *len,
-                            int wait_ms);
+enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
+                            uint32_t *len, int wait_ms);
 
 /* coord.c: what the coordinator does outside a collection */
 struct sh_reaped {
@@ -161,7 +170,8 @@ struct sh_reaped {
     bool done;
 };
 enum sh_status sh_begin(struct sh_ctx *, uint32_t *phase);
-enum sh_status sh_reap(struct sh_ctx *, uint32_t slot, uint64_t lease_cutoff_ns, struct sh_reaped *);
+enum sh_status sh_reap(struct sh_ctx *, uint32_t slot, uint64_t lease_cutoff_ns,
+                       struct sh_reaped *);
 uint32_t sh_users(struct sh_ctx *);
 enum sh_status sh_try_close(struct sh_ctx *, bool *closed);
 uint32_t sh_refuse_waiters(struct sh_ctx *);

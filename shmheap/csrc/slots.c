@@ -1,8 +1,9 @@
 /*
  * Processes: taking a slot, holding it, leaving it, and what a fork does.
  *
- * A slot is alive as long as an open file lock on its first byte is held; the lock belongs to a mapping
- * and goes when the address space goes (I-8). The reaper (coord.c) takes what a dead slot held.
+ * A slot is alive as long as an open file lock on its first byte is held; the lock belongs to a
+ * mapping and goes when the address space goes (I-8). The reaper (coord.c) takes what a dead slot
+ * held.
  */
 #include "core.h"
 
@@ -26,8 +27,8 @@ static void init_slot(struct sh_ctx *c, struct sh_slot *s)
     atomic_store(&s->leases_taken, 0);
     atomic_store(&s->dying, SH_NIL);
     atomic_store(&s->ended_ns, 0);
-    _Atomic uint64_t *const counters[] = {&s->mallocs, &s->frees, &s->alloc_bytes, &s->freed_bytes,
-                                          &s->pins, &s->leases};
+    _Atomic uint64_t *const counters[] = {&s->mallocs,     &s->frees, &s->alloc_bytes,
+                                          &s->freed_bytes, &s->pins,  &s->leases};
     for (size_t i = 0; s != sh_slot(c, 0) && i < sizeof counters / sizeof counters[0]; i++)
         atomic_store(counters[i], 0); /* a coordinator counts on where the last one ended */
     atomic_store(&s->state, SH_SLOT_LIVE);
@@ -60,7 +61,8 @@ static enum sh_status try_slot(struct sh_ctx *c, uint32_t slot, bool inherited, 
     uint32_t used = atomic_load(&c->hdr->slots_used);
     if (slot < used && slot != 0 && atomic_load(&sh_slot(c, slot)->state) != SH_SLOT_FREE)
         return SH_CHANGED;
-    enum sh_status status = sh_status_of_errno(sh_os_commit(c, sh_slot_byte(c, slot), sizeof(struct sh_slot)));
+    enum sh_status status =
+        sh_status_of_errno(sh_os_commit(c, sh_slot_byte(c, slot), sizeof(struct sh_slot)));
     if (status != SH_OK)
         return status;
     void *held = sh_os_hold_byte(c->fd, sh_slot_byte(c, slot), inherited);
@@ -105,8 +107,8 @@ enum sh_status sh_attach_coordinator(struct sh_ctx *c, int wait_ms)
     return try_slot(c, 0, false, wait_ms);
 }
 
-/* Under the registry lock: a slot of ours that nobody unpickles from is as good as free, so if it is the
- * last one the heap may close here and now. */
+/* Under the registry lock: a slot of ours that nobody unpickles from is as good as free, so if it
+ * is the last one the heap may close here and now. */
 static bool close_if_last(struct sh_ctx *c)
 {
     bool last = atomic_load(&c->slot->leases) == 0;
@@ -120,9 +122,9 @@ static bool close_if_last(struct sh_ctx *c)
     return last;
 }
 
-/* Leaves. Pins, leases and spans that are left are the reaper's. Unless the heap is to be kept, the last
- * user closes it for ever and may then unlink it: should the coordinator die in this moment, nobody else
- * would. True: we did. */
+/* Leaves. Pins, leases and spans that are left are the reaper's. Unless the heap is to be kept, the
+ * last user closes it for ever and may then unlink it: should the coordinator die in this moment,
+ * nobody else would. True: we did. */
 bool sh_detach(struct sh_ctx *c, bool keep)
 {
     bool closed = false;
@@ -162,7 +164,8 @@ enum sh_status sh_await(struct sh_ctx *c, enum sh_request kind, uint32_t ticket,
 }
 
 /* fork (rule 15). The parent prepares a slot for the child, with every pin counted twice, and holds
- * its own process lock until the fork is over, so that no other thread is in the middle of anything. */
+ * its own process lock until the fork is over, so that no other thread is in the middle of
+ * anything. */
 
 static bool copy_pins(struct sh_ctx *c, struct sh_ctx *child, uint32_t number)
 {
@@ -226,8 +229,9 @@ static struct sh_ctx *new_child(const struct sh_ctx *c)
     return NULL;
 }
 
-/* Before a fork. On success the process lock is held until sh_fork_parent or sh_fork_child. On failure
- * nothing is, and the child will find itself without a slot (SH_FORKED). Cost: a pass over the pins. */
+/* Before a fork. On success the process lock is held until sh_fork_parent or sh_fork_child. On
+ * failure nothing is, and the child will find itself without a slot (SH_FORKED). Cost: a pass over
+ * the pins. */
 enum sh_status sh_fork_prepare(struct sh_ctx *c)
 {
     if (c->slot == NULL)

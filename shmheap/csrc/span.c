@@ -8,15 +8,16 @@
  * The bitmap is a hint. The truth is the block words, and the compare-and-swap FREE -> LIVE decides
  * (DESIGN section 6, rule 3). A hint that is lost with a process costs a scan, never a block.
  *
- * A block whose unit was set aside or released is a HOLE: not FREE, so the fast path cannot take it.
+ * A block whose unit was set aside or released is a HOLE: not FREE, so the fast path cannot take
+ * it.
  */
 #include "core.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define FILL_UNITS    16u /* committed at a time inside a span: 64 KiB */
-#define REMOTE_LOOKS  32u /* spans of one kind looked at for foreign frees in one refill */
+#define FILL_UNITS   16u /* committed at a time inside a span: 64 KiB */
+#define REMOTE_LOOKS 32u /* spans of one kind looked at for foreign frees in one refill */
 
 static uint32_t tier_of(uint32_t size)
 {
@@ -34,13 +35,12 @@ void sh_kinds_init(struct sh_ctx *c)
         const struct sh_class *t = &sh_classes[k];
         bool table = page_bytes == SH_CLASS_PAGE_BYTES;
         uint32_t npages = table ? t->npages : (t->size + page_bytes - 1) / page_bytes;
-        c->kinds[k] = (struct sh_kind){t->size, npages,
-                                       table ? t->nblocks : npages * page_bytes / t->size,
-                                       tier_of(t->size)};
+        c->kinds[k] = (struct sh_kind){
+            t->size, npages, table ? t->nblocks : npages * page_bytes / t->size, tier_of(t->size)};
     }
     c->kinds[SH_KIND_PINS] = (struct sh_kind){8, 1, page_bytes / 8, SH_LARGE_TIER};
-    c->kinds[SH_KIND_LEASES] =
-        (struct sh_kind){sizeof(struct sh_lease), 1, page_bytes / sizeof(struct sh_lease), SH_LARGE_TIER};
+    c->kinds[SH_KIND_LEASES] = (struct sh_kind){
+        sizeof(struct sh_lease), 1, page_bytes / sizeof(struct sh_lease), SH_LARGE_TIER};
 }
 
 /* Rings of private spans */
@@ -117,7 +117,8 @@ static bool still_ours(const struct sh_ctx *c, const struct sh_pspan *s)
 /* What is free in a span */
 
 /* The units that a block lies in, counted from the start of its span. */
-void sh_block_units(const struct sh_ctx *c, uint32_t kind, uint32_t index, uint32_t *first, uint32_t *last)
+void sh_block_units(const struct sh_ctx *c, uint32_t kind, uint32_t index, uint32_t *first,
+                    uint32_t *last)
 {
     uint64_t size = c->kinds[kind].size;
     *first = (uint32_t)(index * size >> c->geo.unit_shift);
@@ -220,8 +221,8 @@ int64_t sh_pspan_pop(struct sh_ctx *c, uint32_t kind, struct sh_pspan **out)
     return -1;
 }
 
-/* Empty spans: each kind keeps one, so that a loop at the edge of a span does not give it up and take
- * it again; the others go back to the page heap at once. */
+/* Empty spans: each kind keeps one, so that a loop at the edge of a span does not give it up and
+ * take it again; the others go back to the page heap at once. */
 
 bool sh_pspan_push(struct sh_ctx *c, struct sh_pspan *s, uint32_t index)
 {
@@ -394,7 +395,8 @@ static uint32_t reserve_units(struct sh_ctx *c, struct sh_pspan *s, uint64_t *un
 }
 
 /* Commits units that are RESERVED by us; says of each what it became. Not locked. */
-static enum sh_status commit_reserved(struct sh_ctx *c, const uint64_t *units, uint32_t n, uint32_t *done)
+static enum sh_status commit_reserved(struct sh_ctx *c, const uint64_t *units, uint32_t n,
+                                      uint32_t *done)
 {
     enum sh_status status = SH_OK;
     *done = 0;
@@ -440,7 +442,8 @@ static enum sh_status fill(struct sh_ctx *c, struct sh_pspan *s, int wait_ms)
 static enum sh_status fill_some(struct sh_ctx *c, uint32_t kind, int wait_ms)
 {
     struct sh_shelf *shelf = &c->shelves[kind];
-    for (uint32_t tries = 0; shelf->ring[SH_AVAIL] == NULL && shelf->ring[SH_HOLEY] != NULL; tries++) {
+    for (uint32_t tries = 0; shelf->ring[SH_AVAIL] == NULL && shelf->ring[SH_HOLEY] != NULL;
+         tries++) {
         struct sh_pspan *s = shelf->ring[SH_HOLEY];
         if (!still_ours(c, s)) {
             pspan_drop(c, s);
@@ -457,7 +460,8 @@ static enum sh_status fill_some(struct sh_ctx *c, uint32_t kind, int wait_ms)
 }
 
 /* An orphan of the class becomes ours. Heap lock alone. */
-static enum sh_status adopt(struct sh_ctx *c, uint32_t kind, int wait_ms, uint32_t *page, uint64_t *span)
+static enum sh_status adopt(struct sh_ctx *c, uint32_t kind, int wait_ms, uint32_t *page,
+                            uint64_t *span)
 {
     uint64_t *list = &c->hdr->orphans[kind];
     *page = SH_NIL;
@@ -587,7 +591,8 @@ static enum sh_status refill_locked(struct sh_ctx *c, uint32_t kind, int wait_ms
     struct sh_shelf *shelf = &c->shelves[kind];
     if (shelf->ring[SH_AVAIL] != NULL)
         return SH_OK;
-    if (kind == SH_KIND_LEASES && atomic_exchange(&c->slot->leases_taken, 0) && shelf->ring[SH_ALL]) {
+    if (kind == SH_KIND_LEASES && atomic_exchange(&c->slot->leases_taken, 0) &&
+        shelf->ring[SH_ALL]) {
         struct sh_pspan *s = shelf->ring[SH_ALL];
         do
             scan(c, s);

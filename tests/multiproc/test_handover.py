@@ -79,7 +79,9 @@ def test_heap_and_blocks_as_arguments_of_a_process(hand: HeapByHand, method: str
 def test_what_one_allocates_another_frees(hand: HeapByHand, method: str) -> None:
     with Worker(method) as worker:
         for _ in range(5):
-            blocks = [hand.heap.alloc(size) for size in SIZES for _ in range(50 if size < MIB else 2)]
+            blocks = [
+                hand.heap.alloc(size) for size in SIZES for _ in range(50 if size < MIB else 2)
+            ]
             worker.do("keep", "blocks", blocks)
             del blocks
             worker.do("drop", "blocks")

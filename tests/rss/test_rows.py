@@ -90,7 +90,9 @@ def test_s1_collections_are_counted(hand: HeapByHand) -> None:
     assert after.next_gc == 1299
     assert after.last_gc > before.last_gc
     assert len(after.pause_ns) == 256
-    assert all(pause >= number for pause, number in zip(after.pause_ns, range(44, 300), strict=True))
+    assert all(
+        pause >= number for pause, number in zip(after.pause_ns, range(44, 300), strict=True)
+    )
     assert after.pause_total_ns - before.pause_total_ns >= sum(after.pause_ns)
 
 

@@ -49,9 +49,7 @@ class HeapByHand:
         config: the heap's; the test does what it says.
     """
 
-    def __init__(
-        self, name: str, capacity: int = 64 << 20, config: Config | None = None
-    ) -> None:
+    def __init__(self, name: str, capacity: int = 64 << 20, config: Config | None = None) -> None:
         config = config or Config()
         self.path = arena.file_path(name, config.directory)
         self.fd = arena.create_file(self.path, capacity, config)

@@ -102,7 +102,9 @@ def test_the_longest_name(heap_name: str) -> None:
 # Sizes and configurations
 
 
-@pytest.mark.parametrize("capacity", [0, -1, 1, 8191, 1 << 62, 1 << 64, 1 << 80, "0", "x", "1 XB", ""])
+@pytest.mark.parametrize(
+    "capacity", [0, -1, 1, 8191, 1 << 62, 1 << 64, 1 << 80, "0", "x", "1 XB", ""]
+)
 def test_bad_capacities(heap_name: str, capacity: int | str) -> None:
     for make in (Heap.create, shmheap.open):
         with pytest.raises(ValueError, match=r"capacity|size"):

@@ -317,7 +317,7 @@ def test_a_freed_block_equals_only_itself(heap: Heap) -> None:
     one, two = heap.alloc(10), heap.alloc(10)
     one.free()
     two.free()
-    assert one == one  # noqa: PLR0124
+    assert one == one
     assert one != two
 
 
@@ -488,7 +488,7 @@ def test_thousands_of_leases(hand: HeapByHand) -> None:
 def test_a_count_that_is_full_sticks_until_a_collection(hand: HeapByHand) -> None:
     block = hand.heap.put(b"abc")
     handles = [copy.copy(block) for _ in range(70_000)]
-    assert all(bytes(handle) == b"abc" for handle in handles[:: 1000])
+    assert all(bytes(handle) == b"abc" for handle in handles[::1000])
     del handles
     assert bytes(block) == b"abc"
     hand.collect()

@@ -60,7 +60,9 @@ def test_a_size_far_below_zero(heap: Heap, nbytes: int) -> None:
         heap.alloc(nbytes)
 
 
-@pytest.mark.parametrize("nbytes", [16 * MIB + 1, 1 << 40, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 200])
+@pytest.mark.parametrize(
+    "nbytes", [16 * MIB + 1, 1 << 40, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 200]
+)
 @pytest.mark.parametrize("timeout", [0, None, 1e9])
 def test_more_than_the_capacity_is_refused_at_once(
     heap: Heap, nbytes: int, timeout: float | None

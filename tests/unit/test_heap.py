@@ -24,7 +24,6 @@ from shmheap import (
     HeapNotFound,
     HeapStats,
     StaleHandle,
-    _core,
     arena,
 )
 
@@ -108,7 +107,12 @@ def test_open_creates_then_attaches(heap_name: str) -> None:
 
 @pytest.mark.parametrize(
     ("capacity", "config"),
-    [("64MiB", Config(gc_percent=50)), ("65MiB", None), (63 * MIB, None), (None, Config(keep=True))],
+    [
+        ("64MiB", Config(gc_percent=50)),
+        ("65MiB", None),
+        (63 * MIB, None),
+        (None, Config(keep=True)),
+    ],
 )
 def test_open_with_other_values_is_refused(
     heap: Heap, capacity: int | str | None, config: Config | None
@@ -223,7 +227,7 @@ def test_blocks_of_a_closed_heap(hand: HeapByHand) -> None:
         with pytest.raises(ValueError, match="closed"):
             use(block)
     assert "closed" in repr(block)
-    assert block == block  # noqa: PLR0124
+    assert block == block
     assert block != other
     block.free()
     block.free()
