@@ -2,8 +2,8 @@
 
 An arena is one POSIX shared-memory object of mode 0600. It is formatted while it has no name
 (O_TMPFILE) and linked when it is whole, so nobody ever opens half of one and a death in between
-leaves nothing behind. Whoever opens one by name checks owner, mode and kind here, and the core checks
-the header.
+leaves nothing behind. Whoever opens one by name checks owner, mode and kind here, and the core
+checks the header.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ __all__ = [
     "create_file",
     "file_path",
     "find_arenas",
+    "is_same",
     "open_arena",
     "random_name",
     "remove",
+    "unlink_same",
 ]
 
 DIRECTORY = "/dev/shm"
@@ -108,6 +110,7 @@ def create_file(path: str, capacity: int, config: Config) -> int:
         _format(fd, capacity, config)
         _link(fd, path)
     except BaseException:
+        unlink_same(path, os.fstat(fd))
         os.close(fd)
         raise
     return fd
@@ -182,11 +185,24 @@ def _trust(fd: int, path: str) -> None:
         raise UntrustedArena(f"{path} may be opened by others (mode {mode:o}, not 600)")
 
 
+def is_same(path: str, file: os.stat_result) -> bool:
+    """Whether the path still is that file's."""
+    try:
+        return os.path.samestat(file, os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def unlink_same(path: str, file: os.stat_result) -> None:
+    """Remove the name, unless it is another file's by now. Idempotent."""
+    if is_same(path, file):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
 def remove(path: str, file: os.stat_result, nonce: int) -> None:
     """Remove an arena's name, unless it is another arena's by now, and its doorbell. Idempotent."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(file, os.stat(path, follow_symlinks=False)):
-            os.unlink(path)
+    unlink_same(path, file)
     with contextlib.suppress(posix_ipc.ExistentialError):
         posix_ipc.unlink_semaphore(bell_name(nonce))
 

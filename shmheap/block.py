@@ -1,13 +1,13 @@
 """Blocks on their way between processes: handles and leases.
 
-A Block pickles as a handle: the arena's path and nonce, offset, generation, and a lease. The lease is
-a holder of its own, owned by the sender, so the block lives while nobody but the bytes of a message
-knows it. The first process that unpickles the bytes turns the lease into a pin of its own; further
-ones get a pin as long as the block lives, and StaleHandle after.
+A Block pickles as a handle: the arena's path and nonce, offset, generation, and a lease. The lease
+is a holder of its own, owned by the sender, so the block lives while nobody but the bytes of a
+message knows it. The first process that unpickles the bytes turns the lease into a pin of its own;
+further ones get a pin as long as the block lives, and StaleHandle after.
 
     sender                             arena                        receiver
     pickle: count up, write lease  ->  lease
-            give out the bytes     ->                           ->  unpickle: take the lease: a pin
+            give out the bytes     ->                           ->  unpickle: lease becomes a pin
                                        (sender dead: expires
                                         after lease_grace_s)
 """
@@ -42,7 +42,7 @@ class Handle(NamedTuple):
 
 FindHeap = Callable[[str, int], "HeapBase"]
 _find_heap: list[FindHeap] = []
-"""How to come by the heap of a handle in this process; heap.py, which stands above, puts it here."""
+"""How to find the heap of a handle in this process; heap.py, which stands above, says it here."""
 
 
 def find_heaps_with(find: FindHeap) -> None:
@@ -68,11 +68,11 @@ def copy_bytes(block: Block, path: str, nonce: int) -> Block:
 
 
 class Lease:
-    """Keeps a block alive on its way: made by Block.lease(), ended by whoever takes it, or release().
+    """Keeps a block alive on its way: made by Block.lease(), ended by its taker, or by release().
 
     Pickles like the block itself, any number of times, without making further leases: the first
-    process that unpickles takes this one. A context manager: leaving the block releases it if nobody
-    took it.
+    process that unpickles takes this one. A context manager: leaving the block releases it if
+    nobody took it.
     """
 
     __slots__ = ("handle",)

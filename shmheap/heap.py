@@ -4,7 +4,7 @@ One allocation, all the way down:
 
     heap.alloc(64)                       csrc/module.c  a method of the C base class, no Python
       size class, a spare Block object   csrc/module.c, size_classes.h
-      own process lock                   csrc/lock.c    robust; nobody else wants it but the coordinator
+      own process lock                   csrc/lock.c    nobody else wants it but the coordinator
       a bit of the private bitmap        csrc/span.c    a hint
       CAS of the block word FREE -> LIVE csrc/block.c   the arbiter
       a pin: this process holds it       csrc/block.c
@@ -12,7 +12,7 @@ One allocation, all the way down:
       freed by others, pages given back  csrc/span.c
       a run of pages, under the heap lock csrc/pages.c
       committed before use               csrc/os.c
-    no memory: _alloc_when_short below asks the coordinator, waits as long as it may, and says why not
+    no memory: _alloc_when_short below asks the coordinator, waits as it may, and says why not
 
 Freeing goes the same way back: drop the pin, count down, and whoever brings the count to 0 frees.
 """
@@ -71,7 +71,7 @@ class Heap(HeapBase):
     """This process's use of a heap that many processes share.
 
     Made by `create`, `attach` or `shmheap.open`. A context manager: leaving it closes, and never
-    unlinks. A heap lives until its last user leaves, or with Config(keep=True) until it is unlinked.
+    unlinks. A heap lives until its last user leaves, or until unlinked with Config(keep=True).
     Can be pickled: the receiver attaches. Safe to use from several threads, and after os.fork.
     """
 
@@ -110,7 +110,12 @@ class Heap(HeapBase):
         if nbytes <= 0:
             raise ValueError(f"a heap's capacity is at least one page, not {nbytes} bytes")
         fd = arena.create_file(path, nbytes, config)
-        heap = cls._attached(fd, path, name)
+        file = os.fstat(fd)
+        try:
+            heap = cls._attached(fd, path, name)
+        except BaseException:
+            arena.unlink_same(path, file)  # nobody was told of it
+            raise
         if heap is None:
             raise HeapNotFound(2, "the heap was closed by somebody else", path)
         return heap
@@ -153,6 +158,7 @@ class Heap(HeapBase):
         heap._nonce = heap.nonce
         heap._config = Config.from_json(heap._config_bytes())
         heap._keep(heap._config.keep)
+        bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)
         bell.ring(heap._coordinator_alive())
         _open_heaps.add(heap)
@@ -325,8 +331,8 @@ class Heap(HeapBase):
             return f"<shmheap.Heap {self.name!r}: closed>"
         stats = self.stats()
         return (
-            f"<shmheap.Heap {self.name!r}: {stats.heap_alloc} bytes in {stats.heap_objects} blocks, "
-            f"capacity {self.capacity}>"
+            f"<shmheap.Heap {self.name!r}: {stats.heap_alloc} bytes in {stats.heap_objects} "
+            f"blocks, capacity {self.capacity}>"
         )
 
 
@@ -336,6 +342,8 @@ class _Bell:
     def __init__(self, path: str, file: os.stat_result) -> None:
         self._path = path
         self._file = file
+        self.fd = -1
+        """The arena's, as long as this process uses it: an unlinked heap has no other name."""
         self._semaphore: posix_ipc.Semaphore | None = None
         self._serving: tuple[int, Config] | None = None
 
@@ -358,9 +366,15 @@ class _Bell:
         elif not over:
             from shmheap.coordinator.process import ensure_running
 
-            ensure_running(self._path, config)  # it looks at everything when it starts
+            ensure_running(self._name(), config)  # it looks at everything when it starts
         if over:
             arena.remove(self._path, self._file, nonce)
+
+    def _name(self) -> str:
+        """What a successor opens."""
+        if arena.is_same(self._path, self._file):
+            return self._path
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
 
     def _release(self, name: str) -> None:
         try:

@@ -18,8 +18,8 @@ class Roots(MutableMapping[str, Block]):
     """The named roots of a heap: a mapping from str to Block that all its processes share.
 
     Setting and deleting are atomic: others see the old block or the new one. Iteration is over the
-    names that there were at its start, as far as they still exist. A name has 1 to 224 bytes of UTF-8.
-    Cost of each operation: the roots lock, no system call but for the first names of a heap.
+    names that there were at its start, as far as they still exist. A name has 1 to 224 bytes of
+    UTF-8. Cost of each operation: the roots lock, no system call but for the first names of a heap.
     """
 
     def __init__(self, heap: HeapBase) -> None:

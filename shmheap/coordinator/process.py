@@ -93,6 +93,9 @@ def main(heap: str, *, foreground: bool) -> int:
         if foreground:
             print(f"{heap} has a coordinator already", file=sys.stderr)
         return 0
+    if steward.closing():  # whoever closed it may have died before it removed the names
+        remove(path, os.fstat(arena_fd), steward.nonce)
+        return 0
     config = Config.from_json(steward.config())
     with _logger(config, foreground=foreground) as log:
         try:

@@ -225,9 +225,9 @@ void sh_pin_free(struct sh_ctx *c, uint32_t pin)
     sh_pspan_push(c, c->pin_spans[pin >> shift], pin & ((1u << shift) - 1));
 }
 
-static bool pins_left(const struct sh_ctx *c)
+static bool pins_left(struct sh_ctx *c)
 {
-    return c->shelves[SH_KIND_PINS].ring[SH_AVAIL] != NULL;
+    return sh_pspan_any(c, SH_KIND_PINS);
 }
 
 /* Allocation */
@@ -263,11 +263,6 @@ enum sh_status sh_alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, s
         r->kind = kind;
         r->nbytes = nbytes;
         status = sh_pin(c, r);
-        if (status == SH_SLOW) { /* the last pin span was stale: leave the block as it was */
-            sh_count_down(r->word, r->gen, phase);
-            sh_pspan_push(c, s, (uint32_t)index);
-            break;
-        }
         sh_bump(&c->slot->mallocs, 1);
         sh_bump(&c->slot->alloc_bytes, nbytes);
         break;
@@ -332,13 +327,8 @@ static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t np
     sh_set_span(c, page, span);
     atomic_store_explicit(r->word, touched_now(w, phase_of(c)), REL);
     status = sh_pin(c, r);
-    if (status == SH_OK) {
-        sh_bump(&c->slot->mallocs, 1);
-        sh_bump(&c->slot->alloc_bytes, nbytes);
-    } else { /* the last pin span was stale */
-        atomic_store_explicit(r->word, SH_BLOCK_WORD(SH_BLOCK_FREE, r->gen), REL);
-        sh_set_span(c, page, SH_SPAN(SH_RESERVED, 0, c->owner, npages));
-    }
+    sh_bump(&c->slot->mallocs, 1);
+    sh_bump(&c->slot->alloc_bytes, nbytes);
     sh_leave(c);
     return status;
 }
@@ -495,10 +485,8 @@ enum sh_status sh_repin(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, s
         return status;
     *out = *r;
     status = sh_count_up(r->word, r->gen, phase_of(c)) ? sh_pin(c, out) : SH_STALE;
-    if (status == SH_SLOW)
-        sh_count_down(r->word, r->gen, phase_of(c)); /* r still holds it */
     sh_leave(c);
-    return status == SH_SLOW ? SH_BUSY : status;
+    return status;
 }
 
 /* Rule 8: count up, write the lease; only then may the bytes be given out. */
@@ -599,7 +587,6 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
     if (status == SH_OK) {
         r->nbytes = sh_block_bytes(c, r, atomic_load_explicit(r->word, ACQ));
         status = sh_pin(c, r);
-        assert(status == SH_OK && "enter_with_pin saw one");
     }
     sh_leave(c);
     return status;

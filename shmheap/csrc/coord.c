@@ -239,6 +239,7 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     enum sh_status status;
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
     c->recount = true;
+    atomic_store(&c->hdr->borrowed_pages, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         status = finish_predecessor(c, page, span);
         if (status != SH_OK)
@@ -585,6 +586,7 @@ static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
         if (!sh_pages_take_at(c, b->page[i], b->span[i]))
             continue;
         sh_commit(&c->hdr->heap);
+        sh_add(&c->hdr->borrowed_pages, SH_SPAN_NPAGES(b->span[i]));
         b->page[taken] = b->page[i];
         b->span[taken++] = b->span[i];
     }
@@ -597,6 +599,7 @@ static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
 {
     enum sh_status status = b->n ? sh_pages_give(c, b->page, b->n, PATIENCE_MS) : SH_OK;
     b->n = 0;
+    atomic_store(&c->hdr->borrowed_pages, 0);
     return status;
 }
 

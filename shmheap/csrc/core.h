@@ -221,7 +221,8 @@ struct sh_pspan *sh_pspan_new(struct sh_ctx *, uint32_t page, uint32_t kind);
 void sh_pspan_add(struct sh_ctx *, struct sh_pspan *, uint64_t span);     /* locked */
 int64_t sh_pspan_pop(struct sh_ctx *, uint32_t kind, struct sh_pspan **); /* locked; -1: none */
 bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *,
-                   uint32_t index); /* locked; empty, given up? */
+                   uint32_t index);                /* locked; empty, given up? */
+bool sh_pspan_any(struct sh_ctx *, uint32_t kind); /* locked */
 void sh_pspans_forget(struct sh_ctx *);
 void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
 enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);

@@ -270,6 +270,9 @@ struct sh_header {
     /* Units RESERVED, COMMITTED or RELEASING: what the kernel holds of the data area. A hint, put
      * right by the stamping walk. */
     _Alignas(SH_LINE) _Atomic uint64_t committed_units;
+    /* Pages of idle runs that the coordinator has out of the page heap at this moment, to stamp or
+     * release them; W: coordinator. inuse_pages counts them, heap_inuse does not. */
+    _Atomic uint64_t borrowed_pages;
 
     /* L: heap, logged. 64 bits each, for the log. */
     _Alignas(SH_LINE) _Atomic uint64_t

@@ -266,6 +266,27 @@ static enum sh_status end_span(struct sh_ctx *c, uint32_t page, uint64_t span)
     return given ? sh_pages_give(c, &page, 1, 10000) : SH_OK;
 }
 
+static bool cells_are_clear(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(c, page);
+    const struct sh_kind *k =
+        &c->kinds[SH_SPAN_STATE(span) == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES];
+    for (uint32_t i = 0; i < k->nblocks; i++)
+        if (atomic_load_explicit(&cells[(uint64_t)i * (k->size / 8)], ACQ) != 0)
+            return false;
+    return true;
+}
+
+/* Nor does an idle process keep cells in which it holds nothing. */
+static enum sh_status end_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    if (!cells_are_clear(c, page, span) || !sh_hold_small(c, page, &span))
+        return SH_OK;
+    bool given = cells_are_clear(c, page, span) && sh_span_give_up(c, page, span, SH_RELEASING);
+    sh_let_owner(c, span);
+    return given ? sh_pages_give(c, &page, 1, 10000) : SH_OK;
+}
+
 static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span, struct sweep *s)
 {
     _Atomic uint64_t *words;
@@ -274,6 +295,8 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
         sweep_word(c, &words[i], s);
     if (SH_SPAN_STATE(span) == SH_LARGE)
         suspect(c, page, span, s);
+    if (SH_SPAN_STATE(span) == SH_PINS || SH_SPAN_STATE(span) == SH_LEASES)
+        return end_cells(c, page, span);
     if (c->ndeferred >= SH_GIVE_MAX && sh_give_all(c) != SH_OK)
         return SH_BUSY;
     if (SH_SPAN_STATE(span) != SH_SMALL || n == 0 || sh_span(c, page) != span)

@@ -916,7 +916,8 @@ static PyObject *stats_of(const struct sh_ctx *c)
     struct sums sum = sum_slots(c);
     struct stat st;
     uint64_t sys = atomic_load(&h->used_pages) << c->geo.page_shift;
-    uint64_t inuse = atomic_load(&h->inuse_pages) << c->geo.page_shift;
+    uint64_t borrowed = atomic_load(&h->borrowed_pages), pages = atomic_load(&h->inuse_pages);
+    uint64_t inuse = (pages > borrowed ? pages - borrowed : 0) << c->geo.page_shift;
     uint64_t committed = atomic_load(&h->committed_units) << c->geo.unit_shift;
     uint64_t held = fstat(c->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : committed;
     committed = committed < sys ? committed : sys;
@@ -1538,6 +1539,13 @@ static PyObject *steward_set_limit(Heap *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* closing() -> bool: closed for ever, by us or by its last user. */
+static PyObject *steward_closing(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(atomic_load(&self->box->ctx.hdr->closing) != 0);
+}
+
 static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
 {
     unsigned long long bytes;
@@ -1573,6 +1581,7 @@ static PyMethodDef steward_methods[] = {
     {"check", (PyCFunction)steward_check, METH_NOARGS, NULL},
     {"unlinked", (PyCFunction)steward_unlinked, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)steward_set_limit, METH_VARARGS, NULL},
+    {"closing", (PyCFunction)steward_closing, METH_NOARGS, NULL},
     {"set_next_gc", (PyCFunction)steward_set_next_gc, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};

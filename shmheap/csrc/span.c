@@ -224,6 +224,14 @@ int64_t sh_pspan_pop(struct sh_ctx *c, uint32_t kind, struct sh_pspan **out)
 /* Empty spans: each kind keeps one, so that a loop at the edge of a span does not give it up and
  * take it again; the others go back to the page heap at once. */
 
+bool sh_pspan_any(struct sh_ctx *c, uint32_t kind)
+{
+    struct sh_pspan *s;
+    while ((s = c->shelves[kind].ring[SH_AVAIL]) != NULL && !still_ours(c, s))
+        pspan_drop(c, s);
+    return s != NULL;
+}
+
 bool sh_pspan_push(struct sh_ctx *c, struct sh_pspan *s, uint32_t index)
 {
     uint64_t bit = 1ull << (index % 64);
@@ -610,7 +618,7 @@ enum sh_status sh_refill(struct sh_ctx *c, uint32_t kind, int wait_ms)
     if (status != SH_OK)
         return status;
     status = refill_locked(c, kind, wait_ms);
-    bool some = c->shelves[kind].ring[SH_AVAIL] != NULL;
+    bool some = sh_pspan_any(c, kind);
     sh_leave(c);
     if (some)
         return SH_OK;

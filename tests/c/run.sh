@@ -44,11 +44,11 @@ for source in shmheap/csrc/*.c; do
     [[ $source == */module.c ]] || core+=("$source")
 done
 tests=("${tests[@]/#/test_}")
-compile "${core[@]}" tests/c/support.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
+compile "${core[@]}" tests/c/support.c tests/c/hammer.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
 
 passed=0 failed=0
 for test in "${tests[@]}"; do
-    "${CC:-gcc}" "${flags[@]}" -o "$work/$test" "$work/$test.o" "$work/support.o" \
+    "${CC:-gcc}" "${flags[@]}" -o "$work/$test" "$work/$test.o" "$work/support.o" "$work/hammer.o" \
         $(printf "$work/%s.o\n" $(basename -s .c "${core[@]}"))
     began=$SECONDS
     "$work/$test" | tee "$work/out" || true

@@ -98,6 +98,44 @@ int pthread_mutex_clocklock(pthread_mutex_t *m, clockid_t clock, const struct ti
 }
 #endif
 
+/* Coordinator */
+
+void reap_dead(struct sh_ctx *lead, uint64_t lease_cutoff_ns)
+{
+    struct sh_reaped r;
+    for (uint32_t slot = 1; slot < atomic_load(&lead->hdr->slots_used); slot++)
+        CHECK_OK(sh_reap(lead, slot, lease_cutoff_ns, &r));
+}
+
+static uint64_t end_collection(struct sh_ctx *lead)
+{
+    uint64_t units, bytes, swept;
+    CHECK_OK(sh_sweep(lead, &swept, &bytes));
+    CHECK_OK(sh_stamp(lead, sh_now_stamp(lead), &units));
+    CHECK_OK(sh_end_cycle(lead, 4 << 20, true, 0));
+    return swept;
+}
+
+uint64_t collect(struct sh_ctx *lead)
+{
+    uint64_t blocks;
+    CHECK_OK(sh_start_cycle(lead));
+    CHECK_OK(sh_mark(lead, &blocks));
+    CHECK_OK(sh_finish_mark(lead, &blocks));
+    return end_collection(lead);
+}
+
+uint64_t release_all(struct sh_ctx *lead)
+{
+    uint64_t bytes, runs, sum = 0;
+    bool more = true;
+    while (more) {
+        CHECK_OK(sh_release(lead, SH_STAMP_MAX, 4 << 20, &bytes, &runs, &more));
+        sum += bytes;
+    }
+    return sum;
+}
+
 /* Arenas */
 
 int arena_new(uint64_t capacity, uint64_t limit_bytes)
@@ -120,6 +158,10 @@ void arena_lead(struct sh_ctx *c, int fd)
     CHECK_OK(sh_map(c, dup(fd), true));
     CHECK_OK(sh_attach_coordinator(c, 10000));
     CHECK_OK(sh_begin(c, &phase));
+    if (phase == SH_SWEEP) /* marks are whole: go on; else from the start (rule 13) */
+        end_collection(c);
+    else if (phase != SH_IDLE)
+        collect(c);
 }
 
 static _Atomic(void *) shared_base;
@@ -207,38 +249,6 @@ enum sh_status handle_open(struct sh_ctx *c, const struct handle *h, struct sh_r
         status = sh_adopt(c, h->off, h->gen, h->cell, h->seq, 10000, r);
     while (status == SH_BUSY || status == SH_AGAIN);
     return status;
-}
-
-/* Coordinator */
-
-void reap_dead(struct sh_ctx *lead, uint64_t lease_cutoff_ns)
-{
-    struct sh_reaped r;
-    for (uint32_t slot = 1; slot < atomic_load(&lead->hdr->slots_used); slot++)
-        CHECK_OK(sh_reap(lead, slot, lease_cutoff_ns, &r));
-}
-
-uint64_t collect(struct sh_ctx *lead)
-{
-    uint64_t blocks, bytes, swept;
-    CHECK_OK(sh_start_cycle(lead));
-    CHECK_OK(sh_mark(lead, &blocks));
-    CHECK_OK(sh_finish_mark(lead, &blocks));
-    CHECK_OK(sh_sweep(lead, &swept, &bytes));
-    CHECK_OK(sh_stamp(lead, sh_now_stamp(lead), &blocks));
-    CHECK_OK(sh_end_cycle(lead, 4 << 20, true, 0));
-    return swept;
-}
-
-uint64_t release_all(struct sh_ctx *lead)
-{
-    uint64_t bytes, runs, sum = 0;
-    bool more = true;
-    while (more) {
-        CHECK_OK(sh_release(lead, SH_STAMP_MAX, 4 << 20, &bytes, &runs, &more));
-        sum += bytes;
-    }
-    return sum;
 }
 
 /* Death */

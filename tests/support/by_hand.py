@@ -1,7 +1,7 @@
 """A heap whose coordinator is the test: each step of a collection or release is one call.
 
-No process is started, and stamps are numbers that the test chooses, so what becomes of which page is
-exact.
+No process is started, and stamps are numbers that the test chooses, so what becomes of which page
+is exact.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class HeapByHand:
         return rss.witness_for(self.fd).held(data_offset + offset, nbytes)
 
     def assert_sound(self) -> None:
-        """Books agree with the kernel page by page (I-10), the sums with both, and all invariants."""
+        """Books agree with the kernel page by page (I-10), the sums with both; all invariants."""
         report = self.verify()
         assert report.agrees, [str(wrong) for wrong in report.mismatches[:8]]
         stats = self.stats

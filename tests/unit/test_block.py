@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import copy
 import gc
 import pickle
@@ -75,7 +76,7 @@ def test_neighbours_do_not_overlap(heap: Heap) -> None:
     for seed, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
         assert bytes(block) == pattern(size, seed)[:size]
     spans = sorted((block.offset, block.offset + len(block)) for block in blocks)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_what_was_used_before_comes_back_zeroed(heap: Heap) -> None:

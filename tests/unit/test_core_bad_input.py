@@ -1,4 +1,4 @@
-"""The border between Python and C, fed with what it should not get. Nothing changes, nobody dies."""
+"""The border between Python and C, fed with what it should not get. Nothing changes; all live."""
 
 from __future__ import annotations
 
