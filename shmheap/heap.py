@@ -202,9 +202,8 @@ class Heap(HeapBase):
             if refused or time.monotonic() >= deadline:
                 raise self._full(nbytes, found, waiting=refused)
             refused = not self._wait_memory(seen)
-            if (
-                seen != told
-            ):  # once for each state of the heap: the coordinator looks what it can do
+            # Once for each state of the heap, the coordinator looks what it can do about it.
+            if seen != told or not self._coordinator_alive():
                 self._want(WANT_MEMORY)
                 told = seen
 
@@ -250,9 +249,11 @@ class Heap(HeapBase):
         kind: np.dtype[Any] = numpy.dtype(dtype)
         if kind.hasobject:
             raise ValueError("objects cannot be shared: choose a dtype without object")
-        nbytes = math.prod((shape,) if isinstance(shape, int) else shape) * kind.itemsize
-        found: NDArray[Any] = numpy.ndarray(shape, kind, buffer=memoryview(self.alloc(nbytes)))
-        return found
+        count = math.prod(numpy.atleast_1d(shape).tolist())
+        if count < 1 or kind.itemsize == 0:
+            raise ValueError(f"an array in the heap has at least 1 byte, not shape {shape}")
+        # frombuffer keeps the export, so the block cannot go while the array or a view of it lives.
+        return numpy.frombuffer(self.alloc(count * kind.itemsize), kind).reshape(shape)
 
     # The coordinator's services
 

@@ -43,7 +43,8 @@ class HeapStats:
         oldest_lease_s: age of the oldest of them, seconds; 0 if there is none.
         capacity: size of the data area.
         committed_bytes: of the data area that the kernel holds.
-        metadata_bytes: of records, page map and pins that the kernel holds.
+        metadata_bytes: of tables (records, page map, block words) that the kernel holds; pins are
+            spans of the data area and in heap_inuse.
         pins: number of handles, over all processes.
         processes: number of processes that use the heap.
     """

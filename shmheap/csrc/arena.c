@@ -207,7 +207,7 @@ void sh_unmap(struct sh_ctx *c)
         sh_os_unmap((void *)c->forked, (uint64_t)sysconf(_SC_PAGESIZE));
     if (c->base != NULL)
         sh_os_unmap(c->base, c->geo.end);
-    if (c->fd >= 0)
+    if (c->base != NULL && sh_os_fd_is_ours(c))
         close(c->fd);
     memset(c, 0, sizeof *c);
     c->fd = -1;

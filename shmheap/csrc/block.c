@@ -5,7 +5,7 @@
  * changes by compare-and-swap only (DESIGN section 6). The order of every operation errs on the
  * high side (I-6): count up, then write the holder; clear the holder, then count down.
  *
- *     alloc    bitmap -> CAS FREE/HOLE... -> LIVE count 1 -> pin
+ *     alloc    bitmap -> CAS FREE -> LIVE count 1 -> pin
  *     drop     (touch) -> pin cleared -> CAS count 1 -> FREE, next generation -> back into a bitmap
  *
  * An operation holds its own process's lock from reading the phase to its last step (rule 4), and
@@ -584,11 +584,15 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
         status = SH_STALE;
     else if (!take_lease(c, r, cell_off, seq))
         status = resurrect(r, phase_of(c));
+    if (status == SH_AGAIN && !sh_alive(c, 0))
+        c->ring = true; /* it died in FINAL: its successor starts again */
     if (status == SH_OK) {
         r->nbytes = sh_block_bytes(c, r, atomic_load_explicit(r->word, ACQ));
         status = sh_pin(c, r);
     }
     sh_leave(c);
+    if (status == SH_AGAIN)
+        sh_os_nap(200000);
     return status;
 }
 

@@ -394,6 +394,8 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
         status = reap_pass(c, owner, true, lease_cutoff_ns, r);
     SH_CRASH("reap:cells");
     if (status == SH_OK)
+        status = sh_handshake(c, -1); /* before anything of it is punched */
+    if (status == SH_OK)
         status = reap_pass(c, owner, false, lease_cutoff_ns, r);
     if (status != SH_OK)
         return status;
@@ -436,10 +438,11 @@ uint32_t sh_refuse_waiters(struct sh_ctx *c)
         return 0;
     for (uint32_t i = 1; i < slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
-        if (atomic_load(&s->state) != SH_SLOT_LIVE)
+        if (!in_use(c, i))
             continue;
         bool waits = atomic_load(&s->waiting) != 0;
-        if (waits ? atomic_load(&s->wait_seen) != freed : atomic_load(&s->pins) != 0)
+        bool holds = atomic_load(&s->pins) != 0 || atomic_load(&s->leases) != 0;
+        if (waits ? atomic_load(&s->wait_seen) != freed : holds)
             all = false;
         refused += waits;
     }
@@ -501,7 +504,7 @@ static void blocks_of_unit(const struct sh_ctx *c, uint32_t kind, uint32_t unit,
 }
 
 /* Makes every FREE block of a unit a HOLE. False: one lives, and all are as they were. */
-static bool set_aside(struct sh_ctx *c, _Atomic uint64_t *words, uint32_t first, uint32_t end)
+static bool set_aside(_Atomic uint64_t *words, uint32_t first, uint32_t end)
 {
     for (uint32_t i = first; i < end; i++) {
         uint64_t state = SH_BSTATE(atomic_load_explicit(&words[i], ACQ));
@@ -513,7 +516,6 @@ static bool set_aside(struct sh_ctx *c, _Atomic uint64_t *words, uint32_t first,
         if (SH_BSTATE(w) == SH_BLOCK_FREE)
             atomic_compare_exchange_strong(&words[i], &w, SH_BLOCK_WORD(SH_BLOCK_HOLE, SH_GEN(w)));
     }
-    (void)c;
     return true;
 }
 
@@ -528,7 +530,7 @@ static uint64_t stamp_small(struct sh_ctx *c, uint32_t page, uint64_t span, uint
         if (!is_unstamped(u))
             continue;
         blocks_of_unit(c, kind, i, &first, &end);
-        if (!set_aside(c, sh_words(c, page, c->kinds[kind].tier), first, end))
+        if (!set_aside(sh_words(c, page, c->kinds[kind].tier), first, end))
             continue;
         atomic_store_explicit(sh_unit(c, base + i), stamp << 3 | (u & 7u), REL);
         n++;
@@ -547,6 +549,7 @@ bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
     struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(*span));
     if (sh_process_lock(c, s, PATIENCE_MS) != SH_OK)
         return false;
+    c->held_since_ns = sh_os_now_ns();
     if (sh_span(c, page) == *span)
         return true;
     sh_process_unlock(s);
@@ -556,8 +559,11 @@ bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
 /* The span is no small span any more. */
 void sh_let_owner(struct sh_ctx *c, uint64_t span)
 {
-    if (SH_SPAN_OWNER(span) != c->owner)
-        sh_process_unlock(sh_slot(c, SH_SPAN_SLOT(span)));
+    if (SH_SPAN_OWNER(span) == c->owner)
+        return;
+    sh_process_unlock(sh_slot(c, SH_SPAN_SLOT(span)));
+    uint64_t held = sh_os_now_ns() - c->held_since_ns;
+    c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
 }
 
 void sh_let_small(struct sh_ctx *c, uint32_t page, uint64_t span)
@@ -579,10 +585,12 @@ struct batch {
 static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
 {
     uint32_t taken = 0;
+    uint32_t wanted = b->n;
     enum sh_status status = sh_heap_lock(c, PATIENCE_MS);
+    b->n = 0;
     if (status != SH_OK)
         return status;
-    for (uint32_t i = 0; i < b->n; i++) {
+    for (uint32_t i = 0; i < wanted; i++) {
         if (!sh_pages_take_at(c, b->page[i], b->span[i]))
             continue;
         sh_commit(&c->hdr->heap);
@@ -824,6 +832,10 @@ enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_byte
         status = claim_batch(c, &b, stamp_le, &p);
         if (status == SH_OK)
             status = release_claimed(c, &b, &p, bytes, runs);
+    }
+    if (p.n != 0) { /* an error came between claiming and releasing */
+        unclaim(c, &p);
+        give_batch(c, &b);
     }
     c->release_next = *more ? page + 1 : 0;
     free(p.run);

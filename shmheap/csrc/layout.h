@@ -143,10 +143,9 @@ struct sh_page {
 };
 static_assert(sizeof(struct sh_page) == 32, "records are packed");
 
-#define SH_PAGE_GEN_BITS 40
-#define SH_PAGE_TIER(t)  (1ull << (56 + (t)))
-#define SH_PAGE_TIERS    (0x1full << 56)
-#define SH_PAGE_REMOTE   (1ull << 63)
+#define SH_PAGE_TIER(t) (1ull << (56 + (t)))
+#define SH_PAGE_TIERS   (0x1full << 56)
+#define SH_PAGE_REMOTE  (1ull << 63)
 
 /* A unit: an OS page of the data area. state:2 dirty:1 stamp:29. Written only by whoever holds its
  * span RESERVED or RELEASING; inside a SMALL span by the owner or the coordinator, each under the

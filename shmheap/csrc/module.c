@@ -16,13 +16,16 @@
 #include <structmember.h>
 
 #include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "core.h"
 
-#define SLICE_MS 50
+#define SLICE_MS          50
+#define SUCCESSION_SLICES 10 /* who waits for a coordinator that died looks for it this often */
 
 /* Boxes */
 
@@ -105,8 +108,10 @@ static void box_settle(struct box *b)
         b->attached = false;
         box_leave_list(b);
         if (b->ctx.slot != NULL) {
-            bool over = sh_detach(&b->ctx, b->keep);
-            b->ctx.ring = true; /* who leaves looks whether there is a coordinator (I-9) */
+            bool over;
+            Py_BEGIN_ALLOW_THREADS over = sh_detach(&b->ctx, b->keep);
+            Py_END_ALLOW_THREADS b->ctx.ring =
+                true; /* who leaves looks whether there is a coordinator (I-9) */
             ring_quietly(b, over);
         }
         sh_unmap(&b->ctx);
@@ -133,8 +138,9 @@ static PyObject *fail(struct box *b, enum sh_status s)
     case SH_FORKED:
         PyErr_SetString(
             state->HeapError,
-            "this process was forked without Python's fork hooks, so it holds nothing in the "
-            "heap: use os.fork or multiprocessing, or attach again by name");
+            "this process was forked without Python's fork hooks, or its parent had closed the "
+            "heap's descriptor, so it holds nothing in the heap: use os.fork or multiprocessing, "
+            "or attach again by name");
         break;
     case SH_STALE:
         PyErr_SetString(state->StaleHandle, "the block is gone: its last holder dropped it");
@@ -187,21 +193,34 @@ static bool box_usable(struct box *b)
     return true;
 }
 
+/* Nobody unmaps the box in between, whatever other threads do. */
+static void box_enter(struct box *b)
+{
+    b->calls++;
+}
+
+static void box_leave(struct box *b)
+{
+    b->calls--;
+    if (b->closed)
+        box_settle(b);
+}
+
 /* Calls `op` without the GIL until it is not BUSY; signals are served in between. */
 #define WAITING(b, s, op)                                                  \
     do {                                                                   \
-        (b)->calls++;                                                      \
+        box_enter(b);                                                      \
         for (;;) {                                                         \
             Py_BEGIN_ALLOW_THREADS s = op;                                 \
             Py_END_ALLOW_THREADS if (s != SH_BUSY && s != SH_AGAIN) break; \
+            if (s == SH_AGAIN)                                             \
+                ring_quietly(b, false);                                    \
             if (PyErr_CheckSignals() != 0) {                               \
                 s = SH_REFUSED;                                            \
                 break;                                                     \
             }                                                              \
         }                                                                  \
-        (b)->calls--;                                                      \
-        if ((b)->closed)                                                   \
-            box_settle(b);                                                 \
+        box_leave(b);                                                      \
     } while (0)
 
 /* Blocks */
@@ -400,13 +419,13 @@ static PyObject *block_make_lease(Block *self, PyObject *unused)
     if (!block_usable(self) || !box_usable(self->box))
         return NULL;
     struct box *b = self->box;
+    unsigned long long nonce = b->ctx.hdr->nonce, offset = block_offset(self);
     WAITING(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
     if (PyErr_Occurred())
         return NULL;
     if (s != SH_OK)
         return fail(b, s);
-    return Py_BuildValue("(OKKKKI)", b->path, (unsigned long long)b->ctx.hdr->nonce,
-                         (unsigned long long)block_offset(self), (unsigned long long)self->ref.gen,
+    return Py_BuildValue("(OKKKKI)", b->path, nonce, offset, (unsigned long long)self->ref.gen,
                          (unsigned long long)cell, (unsigned int)seq);
 }
 
@@ -723,24 +742,30 @@ static PyObject *heap_alloc_once(Heap *self, PyObject *args)
     return block != NULL || PyErr_Occurred() ? block : PyLong_FromLong((long)s);
 }
 
+static PyObject *put_view(Heap *self, Py_buffer *view)
+{
+    enum sh_status s = SH_OK;
+    if (view->len == 0)
+        return PyErr_Format(PyExc_ValueError, "a block has at least 1 byte, not 0");
+    PyObject *block = alloc_block(self, view->len, false, &s);
+    if (block == NULL && !PyErr_Occurred())
+        block = alloc_when_short(self, view->len, false, NULL, s);
+    if (block != NULL &&
+        PyBuffer_ToContiguous(((Block *)block)->ref.data, view, view->len, 'C') != 0)
+        Py_CLEAR(block);
+    return block;
+}
+
 static PyObject *heap_put(Heap *self, PyObject *data)
 {
     Py_buffer view;
-    enum sh_status s = SH_OK;
     if (!box_usable(self->box) || PyObject_GetBuffer(data, &view, PyBUF_FULL_RO) != 0)
         return NULL;
-    PyObject *block = NULL;
-    if (view.len == 0) {
-        PyErr_SetString(PyExc_ValueError, "a block has at least 1 byte, not 0");
-    } else {
-        block = alloc_block(self, view.len, false, &s);
-        if (block == NULL && !PyErr_Occurred())
-            block = alloc_when_short(self, view.len, false, NULL, s);
-    }
-    if (block != NULL &&
-        PyBuffer_ToContiguous(((Block *)block)->ref.data, &view, view.len, 'C') != 0)
-        Py_CLEAR(block);
+    struct box *b = self->box;
+    box_enter(b);
+    PyObject *block = put_view(self, &view);
     PyBuffer_Release(&view);
+    box_leave(b);
     return block;
 }
 
@@ -850,6 +875,7 @@ static PyObject *heap_root_names(Heap *self, PyObject *unused)
         return NULL;
     struct box *b = self->box;
     PyObject *names = PyList_New(0);
+    box_enter(b);
     while (names != NULL && s == SH_OK) {
         WAITING(b, s, sh_root_name(&b->ctx, &entry, name, &len, SLICE_MS));
         PyObject *one = s == SH_OK ? PyBytes_FromStringAndSize(name, (Py_ssize_t)len) : NULL;
@@ -857,6 +883,7 @@ static PyObject *heap_root_names(Heap *self, PyObject *unused)
             Py_CLEAR(names);
         Py_XDECREF(one);
     }
+    box_leave(b);
     if (PyErr_Occurred() || (s != SH_ABSENT && fail(b, s) == NULL))
         Py_CLEAR(names);
     return names;
@@ -919,7 +946,8 @@ static PyObject *stats_of(const struct sh_ctx *c)
     uint64_t borrowed = atomic_load(&h->borrowed_pages), pages = atomic_load(&h->inuse_pages);
     uint64_t inuse = (pages > borrowed ? pages - borrowed : 0) << c->geo.page_shift;
     uint64_t committed = atomic_load(&h->committed_units) << c->geo.unit_shift;
-    uint64_t held = fstat(c->fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : committed;
+    bool ours = sh_os_fd_is_ours(c) && fstat(c->fd, &st) == 0;
+    uint64_t held = ours ? (uint64_t)st.st_blocks * 512 : committed;
     committed = committed < sys ? committed : sys;
     PyObject *d = PyDict_New(), *age = PyFloat_FromDouble(lease_age_s(c, sum.leases));
     const struct {
@@ -962,22 +990,38 @@ static PyObject *heap_stats(Heap *self, PyObject *unused)
     return box_usable(self->box) ? stats_of(&self->box->ctx) : NULL;
 }
 
+/* What sh_check found, kept without Python: it reports under locks. */
+struct findings {
+    char *text; /* lines, each ended by a newline */
+    size_t n, room;
+};
+
 static void collect_report(void *arg, const char *invariant, const char *what)
 {
-    PyObject *line = PyUnicode_FromFormat("%s: %s", invariant, what);
-    if (line != NULL)
-        PyList_Append((PyObject *)arg, line);
-    Py_XDECREF(line);
+    struct findings *f = arg;
+    size_t need = f->n + strlen(invariant) + strlen(what) + 4;
+    if (need > f->room) {
+        char *text = realloc(f->text, 2 * need);
+        if (text == NULL)
+            return;
+        f->text = text;
+        f->room = 2 * need;
+    }
+    f->n += (size_t)snprintf(f->text + f->n, f->room - f->n, "%s: %s\n", invariant, what);
 }
 
 static PyObject *check_of(struct box *b)
 {
-    PyObject *found = PyList_New(0);
-    enum sh_status s = found ? sh_check(&b->ctx, collect_report, found) : SH_NOMEM;
-    if (s == SH_OK)
-        return found;
-    Py_XDECREF(found);
-    return fail(b, s);
+    struct findings f = {0};
+    enum sh_status s;
+    box_enter(b);
+    Py_BEGIN_ALLOW_THREADS s = sh_check(&b->ctx, collect_report, &f);
+    Py_END_ALLOW_THREADS box_leave(b);
+    PyObject *text = PyUnicode_FromStringAndSize(f.text, (Py_ssize_t)f.n);
+    PyObject *found = text && s == SH_OK ? PyUnicode_Splitlines(text, 0) : NULL;
+    Py_XDECREF(text);
+    free(f.text);
+    return s == SH_OK ? found : fail(b, s);
 }
 
 static PyObject *heap_check(Heap *self, PyObject *unused)
@@ -1022,6 +1066,7 @@ static PyObject *heap_request(Heap *self, PyObject *args)
     if (kind < 0 || kind >= SH_NREQUESTS)
         return PyErr_Format(PyExc_ValueError, "no such request: %d", kind);
     uint32_t ticket = sh_request(&self->box->ctx, (enum sh_request)kind);
+    self->box->ctx.ring = true; /* also if a dead coordinator was told before */
     return ring(self->box) == 0 ? PyLong_FromUnsignedLong(ticket) : NULL;
 }
 
@@ -1039,13 +1084,18 @@ static PyObject *heap_await(Heap *self, PyObject *args)
     struct box *b = self->box;
     uint64_t until =
         timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
-    do {
+    for (uint32_t slice = 1;; slice++) {
         WAITING(b, s, sh_await(&b->ctx, (enum sh_request)kind, ticket, SLICE_MS));
         if (PyErr_CheckSignals() != 0)
             return NULL;
         if (!b->attached)
             return fail(b, SH_CLOSED);
-    } while (s == SH_TIMEOUT && sh_os_now_ns() < until);
+        if (s != SH_TIMEOUT || sh_os_now_ns() >= until)
+            break;
+        b->ctx.ring = slice % SUCCESSION_SLICES == 0 && !sh_alive(&b->ctx, 0);
+        if (ring(b) != 0)
+            return NULL;
+    }
     if (s != SH_OK)
         Py_RETURN_NONE;
     PyObject *fields = PyTuple_New(SH_REPORT_FIELDS);
@@ -1095,6 +1145,7 @@ static PyObject *heap_want(Heap *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "I:_want", &bits) || !box_usable(self->box))
         return NULL;
     sh_want(&self->box->ctx, bits);
+    self->box->ctx.ring = true;
     return ring(self->box) == 0 ? Py_NewRef(Py_None) : NULL;
 }
 

@@ -17,6 +17,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; headers may be older */
+#endif
+
 /* One fallocate of more would be rolled back whole when a signal or a full disk cuts it (I-5). */
 #define COMMIT_STEP (1ull << 20)
 
@@ -65,7 +69,7 @@ void *sh_os_wiped_on_fork(void)
 
 /* Whether c->fd is still our file: a daemonizer may have closed it, and the number been used again.
  */
-static bool fd_is_ours(const struct sh_ctx *c)
+bool sh_os_fd_is_ours(const struct sh_ctx *c)
 {
     struct stat st;
     return c->fd >= 0 && fstat(c->fd, &st) == 0 && st.st_dev == c->dev && st.st_ino == c->ino;
@@ -75,7 +79,7 @@ static int commit_step(struct sh_ctx *c, uint64_t off, uint64_t bytes)
 {
     int error;
     do {
-        if (fd_is_ours(c))
+        if (sh_os_fd_is_ours(c))
             error = fallocate(c->fd, 0, (off_t)off, (off_t)bytes) == 0 ? 0 : errno;
         else /* faults the pages in without a descriptor, and fails rather than signals */
             error = madvise(c->base + off, bytes, MADV_POPULATE_WRITE) == 0 ? 0
@@ -118,10 +122,13 @@ static struct flock lock_of_byte(uint64_t byte)
 
 /* Holds the byte's lock for as long as this process has the returned page mapped: the lock belongs
  * to an open file that nothing but the mapping refers to (I-8). */
-void *sh_os_hold_byte(int fd, uint64_t byte, bool inherited)
+void *sh_os_hold_byte(const struct sh_ctx *c, uint64_t byte, bool inherited)
 {
     char path[64];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    errno = EBADF; /* our descriptor was closed, and perhaps its number is another file's now */
+    if (!sh_os_fd_is_ours(c))
+        return NULL;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", c->fd);
     int own =
         open(path, O_RDWR | O_CLOEXEC); /* an open file of its own, also of an unlinked file */
     if (own < 0)
@@ -154,7 +161,7 @@ void sh_os_let_go(void *held)
 bool sh_os_byte_is_held(const struct sh_ctx *c, uint64_t byte)
 {
     struct flock l = lock_of_byte(byte);
-    if (!fd_is_ours(c) || fcntl(c->fd, F_OFD_GETLK, &l) != 0)
+    if (!sh_os_fd_is_ours(c) || fcntl(c->fd, F_OFD_GETLK, &l) != 0)
         return true; /* cannot tell: nobody is declared dead on a guess */
     return l.l_type != F_UNLCK;
 }

@@ -95,7 +95,7 @@ struct sh_ctx {
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
-    uint32_t held;             /* locks held, by rank; debug builds */
+    uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
     bool recount;          /* coordinator: somebody died since the counters were last put right */

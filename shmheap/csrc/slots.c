@@ -65,7 +65,7 @@ static enum sh_status try_slot(struct sh_ctx *c, uint32_t slot, bool inherited, 
         sh_status_of_errno(sh_os_commit(c, sh_slot_byte(c, slot), sizeof(struct sh_slot)));
     if (status != SH_OK)
         return status;
-    void *held = sh_os_hold_byte(c->fd, sh_slot_byte(c, slot), inherited);
+    void *held = sh_os_hold_byte(c, sh_slot_byte(c, slot), inherited);
     if (held == NULL)
         return errno == EAGAIN ? SH_CHANGED : SH_SYSTEM;
     SH_CRASH("attach:held");

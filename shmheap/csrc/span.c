@@ -549,8 +549,10 @@ static void number_pins(struct sh_ctx *c, struct sh_pspan *s)
 static enum sh_status publish(struct sh_ctx *c, struct sh_pspan *s, uint64_t span, int wait_ms)
 {
     enum sh_status status = sh_enter(c, wait_ms);
-    if (status != SH_OK)
+    if (status != SH_OK) {
+        free(s); /* the span is ours by its record, and found when we end */
         return status;
+    }
     if (s->kind == SH_KIND_PINS)
         number_pins(c, s);
     sh_set_span(c, s->page, span);
@@ -578,6 +580,8 @@ static enum sh_status cut(struct sh_ctx *c, uint32_t kind, int wait_ms)
         return status;
     }
     SH_CRASH("cut:reserved");
+    if (!sh_alive(c, 0))
+        c->ring = true; /* whoever finds the coordinator dead starts a successor (I-9) */
     uint32_t page = s->page;
     status = prepare(c, s);
     uint64_t span = SH_SPAN(state_of_kind(kind), kind, c->owner, k->npages);
@@ -620,8 +624,8 @@ enum sh_status sh_refill(struct sh_ctx *c, uint32_t kind, int wait_ms)
     status = refill_locked(c, kind, wait_ms);
     bool some = sh_pspan_any(c, kind);
     sh_leave(c);
-    if (some)
-        return SH_OK;
+    if (some || status != SH_OK) /* no room to fill holes: no room for another span of them */
+        return some ? SH_OK : status;
     if (kind < SH_NCLASSES) {
         uint32_t page;
         uint64_t span;

@@ -63,7 +63,7 @@ int test_main(const char *name, const struct test *tests, size_t n)
 uint64_t test_scale(uint64_t n)
 {
     const char *scale = getenv("SH_TEST_SCALE"), *mode = getenv("SH_TEST_MODE");
-    uint64_t divide = mode == NULL || strcmp(mode, "plain") == 0 ? 1 : 8;
+    uint64_t divide = mode != NULL && strcmp(mode, "tsan") == 0 ? 4 : 1;
     n = n * (scale == NULL ? 1 : strtoull(scale, NULL, 10)) / divide;
     return n == 0 ? 1 : n;
 }

@@ -157,6 +157,7 @@ static void finish(struct theatre *t, uint32_t children)
     }
     if (t->lead.hdr == NULL)
         arena_lead(&t->lead, t->fd);
+    reap_dead(&t->lead, UINT64_MAX);
     must_be_sound(&t->lead, 0);
     arena_join(&c, t->fd);
     mail_end(&t->stage->mail, &c);

@@ -172,7 +172,7 @@ def test_a_child_outlives_its_parent(hand: HeapByHand) -> None:
             assert bytes(back) == b"orphan"
             assert worker.do("check") == []
             pidfd = os.pidfd_open(child)
-            worker.connection.close()
+            worker.connection.send(None)
             multiprocessing.connection.wait([pidfd])
             os.close(pidfd)
         hand.turns_until(lambda: len(hand.steward.slots()) == 1)

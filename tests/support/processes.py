@@ -9,6 +9,7 @@ What a step leaves behind stays in the process under a name (`kept`), until it i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -70,9 +71,9 @@ class Worker:
 
     def end(self) -> None:
         """Let it leave as a program does that comes to its end."""
-        self.connection.close()
+        self.connection.send(None)
         self.process.join(PATIENCE_S)
-        assert self.process.exitcode is not None
+        assert self.process.exitcode == 0
 
     def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
@@ -90,28 +91,28 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         self.connection.close()
-        if self.process.is_alive():
-            self.process.join(PATIENCE_S)
-        if self.process.is_alive():
+        if self.process.is_alive():  # the test has failed
             self.process.kill()
-            self.process.join(PATIENCE_S)
+        self.process.join(PATIENCE_S)
         self.process.close()
 
 
 def serve(connection: Connection, kept: Kept) -> None:
     """What a worker's process runs."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (step := connection.recv()) is not None:
+            connection.send(_outcome(kept, *step))
+            del step
+    kept.clear()
+    gc.collect()
+
+
+def _outcome(kept: Kept, action: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
+    """Whether the step failed, and what it returned or raised."""
     try:
-        while True:
-            action, args = connection.recv()
-            try:
-                answer = (False, ACTIONS[action](kept, *args))
-            except Exception as error:
-                answer = (True, error)
-            connection.send(answer)
-            del args, answer
-    except (EOFError, ConnectionError):
-        kept.clear()
-        gc.collect()
+        return False, ACTIONS[action](kept, *args)
+    except Exception as error:
+        return True, error
 
 
 # Steps. Those that make a block or get one keep it under a name.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import copy
 import gc
+import itertools
 import pickle
 import re
 import weakref
