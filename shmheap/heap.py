@@ -253,7 +253,9 @@ class Heap(HeapBase):
         if count < 1 or kind.itemsize == 0:
             raise ValueError(f"an array in the heap has at least 1 byte, not shape {shape}")
         # frombuffer keeps the export, so the block cannot go while the array or a view of it lives.
-        return numpy.frombuffer(self.alloc(count * kind.itemsize), kind).reshape(shape)
+        buffer = memoryview(self.alloc(count * kind.itemsize))
+        found: NDArray[Any] = numpy.frombuffer(buffer, kind).reshape(shape)
+        return found
 
     # The coordinator's services
 

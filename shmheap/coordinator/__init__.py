@@ -167,6 +167,9 @@ class Steward(Protocol):
     def end_cycle(self, next_gc_bytes: int, forced: bool, pause_ns: int, /) -> int:
         """Record the cycle (last_gc, num_gc, pauses with its own), go IDLE. Return its pause."""
 
+    def closing(self) -> bool:
+        """Return whether the heap is closed for ever."""
+
     def set_next_gc(self, nbytes: int, /) -> None:
         """Say at which heap_alloc the first collection is due."""
 

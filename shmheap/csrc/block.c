@@ -524,7 +524,7 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
 static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *page)
 {
     *page = (uint32_t)(cell_off >> c->geo.page_shift);
-    if (cell_off == 0 || cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
+    if (cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
         !page_in_use(c, cell_off >> c->geo.page_shift))
         return NULL;
     if (SH_SPAN_STATE(sh_span(c, *page)) != SH_LEASES)

@@ -774,7 +774,8 @@ static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct 
         }
     }
     enum sh_status given = give_batch(c, b);
-    sh_tell_waiters(c); /* room under a limit counts, too */
+    if (p->n != 0)
+        sh_tell_waiters(c); /* room under a limit counts, too */
     p->n = 0;
     p->units = 0;
     return status == SH_OK ? given : status;

@@ -107,7 +107,7 @@ static void box_settle(struct box *b)
     if (b->closed && b->attached && b->exports == 0 && b->calls == 0) {
         b->attached = false;
         box_leave_list(b);
-        if (b->ctx.slot != NULL) {
+        if (b->ctx.slot != NULL && !sh_is_forked(&b->ctx)) { /* else the slot is our parent's */
             bool over;
             Py_BEGIN_ALLOW_THREADS over = sh_detach(&b->ctx, b->keep);
             Py_END_ALLOW_THREADS b->ctx.ring =

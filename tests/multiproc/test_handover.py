@@ -69,7 +69,7 @@ def test_heap_and_blocks_as_arguments_of_a_process(hand: HeapByHand, method: str
         block.free()
         hand.collect()
         assert worker.do("read", "block") == b"abc"
-        worker.do("drop", "block")
+        worker.do("free", "block")
         assert hand.stats.heap_objects == 1
         theirs.free()
         worker.end()
@@ -213,7 +213,7 @@ def test_a_child_has_every_handle_of_its_parent(hand: HeapByHand) -> None:
         assert [bytes(block) for block in back[::97]] == [
             number.to_bytes(4, "big") for number in range(0, 5000, 97)
         ]
-        worker.do("drop", "blocks")
+        worker.do("free", "blocks")
         del back
         assert hand.stats.heap_objects == 0
         worker.end()
@@ -258,6 +258,7 @@ def test_a_handle_of_a_heap_that_is_gone(new_heap_name: object) -> None:
 
 def test_handles_of_an_unlinked_heap_reach_whoever_has_it(hand: HeapByHand) -> None:
     with Worker(heap=hand.heap) as worker:
+        assert worker.do("check") == []
         hand.heap.unlink()
         worker.do("keep", "block", hand.heap.put(b"abc"))
         assert worker.do("read", "block") == b"abc"

@@ -157,6 +157,9 @@ class FakeSteward:
 
     nonce = 0xBE11
 
+    def closing(self) -> bool:
+        return self.closed
+
     def set_next_gc(self, nbytes: int) -> None:
         self.next_gc = nbytes
 

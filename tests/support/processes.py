@@ -155,6 +155,13 @@ def drop(kept: Kept, key: str) -> None:
     del kept[key]
 
 
+def free(kept: Kept, key: str) -> None:
+    """Free a block, or each of a list: a forked process also has its parent's variables."""
+    held = kept.pop(key)
+    for block in held if isinstance(held, list) else [held]:
+        block.free()
+
+
 def read(kept: Kept, key: str) -> bytes:
     return bytes(kept[key])
 
@@ -280,6 +287,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         keep,
         get,
         drop,
+        free,
         read,
         write,
         digest,

@@ -462,6 +462,18 @@ def test_a_lease_of_a_large_block(hand: HeapByHand) -> None:
     assert (hand.stats.heap_objects, hand.stats.leases) == (0, 0)
 
 
+def test_a_lease_in_the_first_page(hand: HeapByHand) -> None:
+    with Heap.attach(hand.heap.name) as other:
+        hand.heap.roots["a"] = hand.heap.put(b"abc")
+        block = other.roots["a"]
+        hand.collect()  # the page of pins is empty and goes back
+        lease = block.lease()
+        assert lease.handle.cell == 0
+        assert lease.take() == block
+        assert hand.stats.leases == 0
+        hand.heap.roots.clear()
+
+
 def test_a_pickled_lease_makes_no_further_ones(hand: HeapByHand) -> None:
     block = hand.heap.put(b"abc")
     lease = block.lease()

@@ -276,11 +276,12 @@ def test_a_dropped_heap_lives_as_long_as_its_blocks(hand: HeapByHand) -> None:
 def test_closing_drops_what_this_object_held(hand: HeapByHand) -> None:
     again = Heap.attach(hand.heap.name)
     kept = [again.alloc(size) for size in (16, 1000, 100_000)]
-    shared = pickle.loads(pickle.dumps(kept[0]))
+    shared = hand.heap._adopt(*_place(kept[0]))
     again.close()
     assert hand.reap() == 1
-    assert hand.stats.heap_objects == (1 if shared.nbytes else 0)
-    del shared
+    assert hand.stats.heap_objects == 1
+    assert bytes(shared) == bytes(16)
+    shared.free()
     hand.collect()
     assert hand.stats.heap_objects == 0
     assert hand.stats.processes == 1
@@ -396,8 +397,28 @@ def test_a_handle_of_another_heap_of_that_name_is_stale(hand: HeapByHand) -> Non
     assert lease.release()
 
 
-def test_a_heap_that_is_closing_cannot_be_attached_to(heap_name: str) -> None:
+def test_the_last_user_of_all_takes_the_name_along(heap_name: str) -> None:
     with HeapByHand(heap_name) as hand:
+        other = Heap.attach(heap_name)
+        other.close()
+        assert Path(hand.path).exists()
+        assert hand.reap() == 1
+        hand.heap.close()
+        assert not Path(hand.path).exists()
+
+
+def test_what_is_to_be_kept_stays(heap_name: str) -> None:
+    with HeapByHand(heap_name, config=Config(keep=True)) as hand:
+        hand.heap.roots["a"] = hand.heap.put(b"abc")
+        hand.heap.close()
+        hand.reap()
+        hand.collect()
+        with Heap.attach(heap_name) as again:
+            assert bytes(again.roots["a"]) == b"abc"
+
+
+def test_a_heap_that_is_closing_cannot_be_attached_to(heap_name: str) -> None:
+    with HeapByHand(heap_name, config=Config(keep=True)) as hand:
         hand.heap.close()
         hand.reap()
         assert hand.steward.users() == 0
@@ -409,11 +430,12 @@ def test_a_heap_that_is_closing_cannot_be_attached_to(heap_name: str) -> None:
 
 def test_what_a_coordinator_left_closing_does_not_block_the_name(heap_name: str) -> None:
     """It was killed after it had closed the heap and before it had removed the name."""
-    with HeapByHand(heap_name) as hand:
+    with HeapByHand(heap_name, config=Config(keep=True)) as hand:
         hand.heap.close()
         hand.reap()
         assert hand.steward.try_close()
         hand.steward.close()
+        assert Path(hand.path).exists()
         with shmheap.open(heap_name, capacity=MIB) as new:
             assert new.capacity == MIB
             new.unlink()

@@ -144,7 +144,8 @@ def machine(
     machine = Machine(tmp_path / "arena", config)
     monkeypatch.setattr(process, "_core", SimpleNamespace(Steward=machine.steward))
     monkeypatch.setattr(process, "open_arena", machine.open_arena)
-    monkeypatch.setattr(process, "bell_name", lambda _nonce: bell)
+    for module in (process, arena):
+        monkeypatch.setattr(module, "bell_name", lambda _nonce: bell)
     yield machine
     os.close(machine.fd)
 

@@ -6,9 +6,9 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
+from sequenced import child
 
 from shmheap.testing import FakeClock, Sequencer
 
@@ -42,12 +42,6 @@ def test_threads_enter_in_order(seq: Sequencer, order: tuple[list[int], list[int
     enter_all(seq, order[1], done)
     other.join()
     assert done == [0, 1, 2, 3]
-
-
-def child(seq: Sequencer, steps: list[int], pipe: Any) -> None:
-    for step in steps:
-        with seq(step):
-            pipe.send(step)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -1,0 +1,335 @@
+"""No room: which limit it was, who waits for memory and gets it, and who is told that none comes.
+
+Whatever happens the heap stays whole: nobody gets SIGBUS, nothing is lost, and it works again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from by_hand import HeapByHand
+from processes import Worker
+
+from shmheap import Block, Config, Heap, HeapFull, _core
+from shmheap.verify import verify_quiet
+
+MIB = 1 << 20
+
+
+def assert_whole(heap: Heap) -> None:
+    heap.check()
+    report = verify_quiet(heap._fileno(), _core.Observer(heap._fileno()))
+    assert report.agrees, [str(wrong) for wrong in report.mismatches[:8]]
+
+
+@pytest.fixture
+def make(heap_name: str) -> Iterator[Callable[..., Heap]]:
+    """Makes a heap with a coordinator; looks at the end whether it is whole."""
+    made: list[Heap] = []
+
+    def create(capacity: int = 16 * MIB, **config: object) -> Heap:
+        name = f"{heap_name}-{len(made)}"
+        made.append(Heap.create(name, capacity=capacity, config=Config(**config)))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield create
+    for heap in made:
+        assert_whole(heap)
+        heap.close()
+
+
+def fill(heap: Heap, nbytes: int) -> tuple[list[Block], HeapFull]:
+    """Blocks until there is no room for another, each written from end to end."""
+    blocks: list[Block] = []
+    while True:
+        try:
+            block = heap.alloc(nbytes)
+        except HeapFull as error:
+            return blocks, error
+        block[:] = bytes([len(blocks) % 255 + 1]) * nbytes
+        blocks.append(block)
+
+
+def assert_unharmed(blocks: list[Block]) -> None:
+    for number, block in enumerate(blocks):
+        assert bytes(block) == bytes([number % 255 + 1]) * len(block)
+
+
+@pytest.mark.parametrize("nbytes", [200, 5000, 65536, 100_000, 3 * MIB])
+def test_capacity(make: Callable[..., Heap], nbytes: int) -> None:
+    heap = make()
+    blocks, error = fill(heap, nbytes)
+    assert error.limit in ("capacity", "fragmentation")
+    assert error.requested_bytes == nbytes
+    assert error.capacity_bytes == 16 * MIB
+    assert error.in_use_bytes + error.free_bytes == 16 * MIB
+    assert error.holders[0] == (os.getpid(), len(blocks) * nbytes)
+    assert error.remedy in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert isinstance(error, MemoryError)
+    assert_unharmed(blocks)
+    assert_whole(heap)
+    blocks.pop().free()
+    blocks.append(heap.alloc(nbytes))
+    assert bytes(blocks.pop()) == bytes(nbytes)
+    assert len(blocks) * nbytes >= 0.7 * 16 * MIB
+    blocks.clear()
+    assert len(heap.alloc(15 * MIB)) == 15 * MIB, "all of it can be had again, in one piece"
+
+
+def test_fragmentation(make: Callable[..., Heap]) -> None:
+    heap = make()
+    blocks, _ = fill(heap, 200_000)
+    del blocks[::2]
+    with pytest.raises(HeapFull) as caught:
+        heap.alloc(4 * MIB)
+    assert caught.value.limit == "fragmentation"
+    assert caught.value.free_bytes >= 4 * MIB
+    assert blocks
+
+
+def test_put_and_ndarray_are_refused_alike(make: Callable[..., Heap]) -> None:
+    heap = make()
+    for use in (heap.ndarray, lambda n: heap.put(bytes(8 * n))):
+        with pytest.raises(HeapFull):
+            use(3 * MIB)
+    assert heap.stats().heap_objects == 0
+
+
+def test_fault_4_a_memory_limit_releases_at_once_and_then_refuses(
+    make: Callable[..., Heap],
+) -> None:
+    heap = make(64 * MIB, memory_limit=8 * MIB, scavenge_after_s=10_000)
+    small = [heap.alloc(1000) for _ in range(6000)]
+    del small
+    large = heap.alloc(7 * MIB)
+    large[:] = b"x" * len(large)
+    assert heap.stats().committed_bytes <= 8 * MIB
+    with pytest.raises(HeapFull) as caught:
+        heap.alloc(2 * MIB)
+    assert caught.value.limit == "memory_limit"
+    assert caught.value.limit_bytes == 8 * MIB
+    assert "memory_limit" in caught.value.remedy
+    assert bytes(large) == b"x" * len(large)
+    assert_whole(heap)
+    large.free()
+    assert bytes(heap.alloc(7 * MIB)) == bytes(7 * MIB)
+
+
+def test_small_blocks_meet_the_memory_limit_too(make: Callable[..., Heap]) -> None:
+    heap = make(64 * MIB, memory_limit=4 * MIB)
+    blocks, error = fill(heap, 500)
+    assert error.limit == "memory_limit"
+    assert 3.5 * MIB <= len(blocks) * 500 <= 4 * MIB
+    assert_unharmed(blocks)
+    assert heap.stats().committed_bytes <= 4 * MIB
+    blocks.clear()
+    assert len(fill(heap, 100_000)[0]) >= 36
+
+
+# A full file system
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[str]:
+    """A tmpfs of 6 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    yield str(tmp_path)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("nbytes", [100, 3000, 40_000, 300_000, MIB])
+def test_a_full_tmpfs(make: Callable[..., Heap], tiny: str, nbytes: int) -> None:
+    heap = make(64 * MIB, directory=tiny)
+    blocks, error = fill(heap, nbytes)
+    assert error.limit == "tmpfs"
+    assert error.limit_bytes == 6 * MIB
+    assert "--shm-size" in error.remedy
+    assert len(blocks) * nbytes >= 4 * MIB
+    assert_unharmed(blocks)
+    assert_whole(heap)
+    with pytest.raises(HeapFull):
+        heap.alloc(nbytes)
+    kept = blocks.pop()
+    kept.free()
+    blocks.append(heap.alloc(nbytes))
+    blocks.clear()
+    assert heap.stats().heap_objects == 0
+    heap.scavenge(all=True)
+    assert len(heap.alloc(4 * MIB)) == 4 * MIB
+
+
+def test_somebody_else_fills_the_tmpfs(make: Callable[..., Heap], tiny: str) -> None:
+    heap = make(64 * MIB, directory=tiny)
+    blocks = [heap.put(b"x" * 300_000)]
+    blocks += [heap.put(b"y" * 100) for _ in range(1000)]
+    hog = Path(tiny) / "hog"
+    with hog.open("wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"x" * 4096)
+            file.flush()
+    more, error = fill(heap, 1000)
+    assert error.limit == "tmpfs"
+    for nbytes in (100_000, MIB):
+        with pytest.raises(HeapFull):
+            heap.alloc(nbytes)
+    assert bytes(blocks[0]) == b"x" * 300_000
+    assert all(bytes(block) == b"y" * 100 for block in blocks[1:])
+    assert_unharmed(more)
+    assert_whole(heap)
+    assert bytes(pickle.loads(pickle.dumps(blocks[1]))) == b"y" * 100
+    hog.unlink()
+    assert len(heap.alloc(MIB)) == MIB
+
+
+def test_no_room_for_a_heap_at_all(heap_name: str, tiny: str) -> None:
+    hog = Path(tiny) / "hog"
+    with hog.open("wb") as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(b"x" * 4096)
+            file.flush()
+    with pytest.raises(HeapFull) as caught:
+        Heap.create(heap_name, capacity=MIB, config=Config(directory=tiny))
+    assert caught.value.limit == "tmpfs"
+    assert [path.name for path in Path(tiny).iterdir()] == ["hog"], "nothing half-made is left"
+
+
+# Waiting
+
+
+@pytest.fixture
+def hand(heap_name: str) -> Iterator[HeapByHand]:
+    """8 MiB, of which the test is the coordinator."""
+    with HeapByHand(heap_name, 8 * MIB) as hand:
+        yield hand
+        hand.assert_sound()
+
+
+@pytest.fixture
+def two(hand: HeapByHand) -> Iterator[tuple[Worker, Worker]]:
+    with Worker() as one, Worker() as another:
+        for worker in (one, another):
+            worker.do("attach", hand.heap.name)
+        yield one, another
+
+
+def answered(hand: HeapByHand, worker: Worker) -> object:
+    """What a step returned, for which the coordinator is needed; raises what it raised."""
+    hand.turns_until(worker.connection.poll)
+    return worker.result()
+
+
+@pytest.mark.parametrize("nbytes", [6 * MIB, 65536])
+def test_who_waits_gets_what_another_frees(
+    hand: HeapByHand, two: tuple[Worker, Worker], nbytes: int
+) -> None:
+    holder, waiter = two
+    holder.do("alloc_many", "all", 7 * MIB // nbytes, nbytes)
+    holder.do("alloc_many", "rest", 7 if nbytes < MIB else 0, nbytes)
+    waiter.start("alloc_waiting", "block", 6 * MIB if nbytes == 6 * MIB else 900_000, None)
+    hand.turns_until(lambda: hand.waiting == 1)
+    for _ in range(20):
+        hand.turn()
+    assert not waiter.connection.poll(), "the holder does not wait: it may free something yet"
+    holder.do("drop", "all")
+    answered(hand, waiter)
+    assert hand.waiting == 0
+    waiter.do("drop", "block")
+    waiter.end()
+    holder.end()
+
+
+def test_who_waits_gets_what_the_dead_held(hand: HeapByHand, two: tuple[Worker, Worker]) -> None:
+    holder, waiter = two
+    holder.do("alloc", "block", 6 * MIB)
+    waiter.start("alloc_waiting", "block", 6 * MIB, None)
+    hand.turns_until(lambda: hand.waiting == 1)
+    holder.kill()
+    answered(hand, waiter)
+    assert hand.stats.heap_objects == 1
+    waiter.end()
+
+
+def test_s15_when_all_wait_each_is_refused(hand: HeapByHand, two: tuple[Worker, Worker]) -> None:
+    for worker in two:
+        worker.do("alloc", "mine", 3 * MIB)
+    for worker in two:
+        worker.start("alloc_waiting", "more", 4 * MIB, None)
+    for worker in two:
+        with pytest.raises(HeapFull) as caught:
+            answered(hand, worker)
+        assert caught.value.limit == "waiting"
+        assert "waits for memory" in str(caught.value)
+        assert {pid for pid, _ in caught.value.holders} >= {other.pid for other in two}
+    assert hand.waiting == 0
+    one, another = two
+    one.do("drop", "mine")
+    another.do("alloc", "more", 4 * MIB)
+    assert one.do("check") == []
+    one.end()
+    another.end()
+
+
+def test_s15_who_merely_sleeps_elsewhere_is_covered_by_the_timeout(
+    hand: HeapByHand, two: tuple[Worker, Worker]
+) -> None:
+    holder, waiter = two
+    holder.do("alloc", "mine", 6 * MIB)
+    waiter.start("alloc_waiting", "more", 4 * MIB, 0.01)
+    with pytest.raises(HeapFull) as caught:
+        answered(hand, waiter)
+    assert caught.value.limit == "capacity"
+    assert hand.waiting == 0
+    holder.end()
+    waiter.end()
+
+
+def test_s15_one_process_alone(hand: HeapByHand) -> None:
+    with Worker() as worker:
+        worker.do("attach", hand.heap.name)
+        worker.do("alloc", "mine", 6 * MIB)
+        worker.start("alloc_waiting", "more", 4 * MIB, None)
+        with pytest.raises(HeapFull) as caught:
+            answered(hand, worker)
+        assert caught.value.limit == "waiting"
+        worker.end()
+
+
+def test_whoever_waits_and_is_killed_counts_no_more(
+    hand: HeapByHand, two: tuple[Worker, Worker]
+) -> None:
+    holder, waiter = two
+    holder.do("alloc", "mine", 6 * MIB)
+    waiter.start("alloc_waiting", "more", 4 * MIB, None)
+    hand.turns_until(lambda: hand.waiting == 1)
+    waiter.kill()
+    hand.turns_until(lambda: len(hand.steward.slots()) == 2)
+    assert hand.waiting == 0
+    holder.do("drop", "mine")
+    holder.do("alloc", "mine", 7 * MIB)
+    holder.end()
+
+
+def test_garbage_is_found_for_who_waits(hand: HeapByHand, two: tuple[Worker, Worker]) -> None:
+    """The sender of a handle died before anybody had read it; its grace is over."""
+    sender, waiter = two
+    sender.do("alloc", "block", 6 * MIB)
+    sender.do("reduce", "block")
+    sender.do("drop", "block")
+    assert hand.stats.leases == 1
+    waiter.start("alloc_waiting", "block", 6 * MIB, None)
+    hand.turns_until(lambda: hand.waiting == 1)
+    sender.kill()
+    while not waiter.connection.poll():
+        hand.reap()
+        hand.turn()
+    waiter.result()
+    waiter.end()
