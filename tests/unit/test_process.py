@@ -15,6 +15,7 @@ import posix_ipc
 import pytest
 from fake_steward import FakeSteward
 
+from shmheap import arena
 from shmheap.config import Config
 from shmheap.coordinator import SlotKey, process
 from shmheap.coordinator.reaper import Watcher
