@@ -61,6 +61,10 @@ RECLAIM_S = 5.0
 """How long an allocation waits for one collection before it is refused: a coordinator that is alive
 answers in milliseconds, one that must be started first in tenths of a second."""
 
+STARTING_S = 1.0
+"""How long a coordinator that was started may take until it is missed: an interpreter's start is a
+tenth of a second, more on a busy machine; every further one would take its time from the first."""
+
 _open_heaps: weakref.WeakSet[Heap] = weakref.WeakSet()
 _found_heaps: dict[int, Heap] = {}
 """Heaps that were attached because a handle of theirs was unpickled, by nonce."""
@@ -349,6 +353,8 @@ class _Bell:
         """The arena's, as long as this process uses it: an unlinked heap has no other name."""
         self._semaphore: posix_ipc.Semaphore | None = None
         self._serving: tuple[int, Config] | None = None
+        self._started = -1, 0.0
+        """Who was coordinator before the one that we started last, and when that was."""
 
     def serve(self, nonce: int, config: Config) -> None:
         """Say whose bell it is: known only once the arena is mapped."""
@@ -367,11 +373,31 @@ class _Bell:
         if alive:
             self._release(arena.bell_name(nonce))
         elif not over:
-            from shmheap.coordinator.process import ensure_running
-
-            ensure_running(self._name(), config)  # it looks at everything when it starts
+            self._start(nonce, config)
         if over:
             arena.remove(self._path, self._file, nonce)
+
+    def _start(self, nonce: int, config: Config) -> None:
+        """Start a successor, which looks at everything then; not while one is still starting."""
+        alive, last = self._coordinator()
+        if alive:
+            self._release(arena.bell_name(nonce))
+            return
+        now = time.monotonic()
+        if last == self._started[0] and now < self._started[1] + STARTING_S:
+            return
+        from shmheap.coordinator.process import ensure_running
+
+        self._started = last, now
+        ensure_running(self._name(), config)
+
+    def _coordinator(self) -> tuple[bool, int]:
+        """Whether there is one, and the pid of the last that was, 0 before the first."""
+        try:
+            seen = _core.Observer(self.fd).header()
+        except (OSError, UntrustedArena):  # a daemonizer has closed our descriptor
+            return False, 0
+        return seen["coordinator_alive"], seen["coordinator_pid"]
 
     def _name(self) -> str:
         """What a successor opens."""

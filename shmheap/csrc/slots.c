@@ -133,7 +133,7 @@ bool sh_detach(struct sh_ctx *c, bool keep)
     while (sh_flush(c, 1000) == SH_BUSY) {
     }
     if (c->slot_index != 0) {
-        closed = !keep && close_if_last(c);
+        closed = (!keep || atomic_load(&c->hdr->unlinked)) && close_if_last(c);
         atomic_store(&c->slot->state, SH_SLOT_DETACHED);
         sh_want(c, SH_WANT_LEAVE);
     }

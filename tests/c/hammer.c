@@ -34,7 +34,8 @@ static void check_content(const struct sh_ref *r)
         CHECK(r->data[i] == byte_of(seed, i));
 }
 
-/* Steps. No room is not a fault: while the coordinator has free runs in hand, others do not see them. */
+/* Steps. No room is not a fault: while the coordinator has free runs in hand, others do not see
+ * them. */
 
 static bool without_room(struct user *u, enum sh_status status)
 {
@@ -169,13 +170,15 @@ static void name(struct user *u, struct sh_ref *r)
         check_content(r);
     else
         r->nbytes = 0;
-    CHECK(status == SH_OK || status == SH_DEFERRED || status == SH_ABSENT || without_room(u, status));
+    CHECK(status == SH_OK || status == SH_DEFERRED || status == SH_ABSENT ||
+          without_room(u, status));
     flush(u->c);
 }
 
 void user_step(struct user *u)
 {
-    struct sh_ref *r = &u->held[rng_below(&u->rng, HELD)], *other = &u->held[rng_below(&u->rng, HELD)];
+    struct sh_ref *r = &u->held[rng_below(&u->rng, HELD)],
+                  *other = &u->held[rng_below(&u->rng, HELD)];
     uint32_t what = rng_below(&u->rng, 100);
     if (what < 8)
         name(u, r);

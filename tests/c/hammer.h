@@ -1,9 +1,10 @@
 /*
- * A user that does anything at random, for threads that play processes and for processes that are killed.
+ * A user that does anything at random, for threads that play processes and for processes that are
+ * killed.
  *
- * Each block says by its first bytes what the others must be, and its bytes are written once, before
- * anybody else knows of it. Whoever holds it checks them: an overlap, a use after free, or a page given
- * back under its user, shows as a wrong byte.
+ * Each block says by its first bytes what the others must be, and its bytes are written once,
+ * before anybody else knows of it. Whoever holds it checks them: an overlap, a use after free, or a
+ * page given back under its user, shows as a wrong byte.
  */
 #ifndef SHMHEAP_TEST_HAMMER_H
 #define SHMHEAP_TEST_HAMMER_H
@@ -37,7 +38,8 @@ struct user {
 void user_step(struct user *);
 void user_drop_all(struct user *);
 void mail_forget(struct mail *, uint32_t id); /* the user with this id is no more */
-void mail_end(struct mail *, struct sh_ctx *); /* opens every letter, drops what was in it, and the names */
+void mail_end(struct mail *,
+              struct sh_ctx *); /* opens every letter, drops what was in it, and the names */
 void mail_say(const struct mail *, const struct sh_ctx *, uint64_t deaths);
 
 #endif

@@ -3,8 +3,8 @@
 #
 #     tests/c/run.sh [plain|asan|tsan] [TEST...]
 #
-# TEST is pages, blocks, threads or death (default: all). SH_TEST_SCALE=N makes the long ones N times
-# longer, SH_TEST_SEED=N starts them elsewhere. The last line is "N passed, M failed".
+# TEST is pages, blocks, threads or death (default: all). SH_TEST_SCALE=X makes the long ones X times as
+# long, SH_TEST_SEED=N starts them elsewhere. The last line is "N passed, M failed".
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -2,7 +2,8 @@
  * What the C tests share: an arena without a name, contexts that play processes, a coordinator, a
  * death at a chosen place, and a slow second opinion on what the books must look like.
  *
- * Each test runs in a child of its own with an alarm, so that one which crashes or hangs is one failure.
+ * Each test runs in a child of its own with an alarm, so that one which crashes or hangs is one
+ * failure.
  */
 #ifndef SHMHEAP_TEST_SUPPORT_H
 #define SHMHEAP_TEST_SUPPORT_H
@@ -13,17 +14,17 @@
 #include "core.h"
 
 /* Aborts the test, saying where. */
-#define CHECK(cond)                                                                                \
-    do {                                                                                           \
-        if (!(cond))                                                                               \
-            test_fail(__FILE__, __LINE__, #cond, 0);                                               \
+#define CHECK(cond)                                  \
+    do {                                             \
+        if (!(cond))                                 \
+            test_fail(__FILE__, __LINE__, #cond, 0); \
     } while (0)
 #define CHECK_OK(status) CHECK_IS(status, SH_OK)
-#define CHECK_IS(status, want)                                                                     \
-    do {                                                                                           \
-        enum sh_status status_ = (status);                                                         \
-        if (status_ != (want))                                                                     \
-            test_fail(__FILE__, __LINE__, #status " is not " #want, (int)status_);                 \
+#define CHECK_IS(status, want)                                                     \
+    do {                                                                           \
+        enum sh_status status_ = (status);                                         \
+        if (status_ != (want))                                                     \
+            test_fail(__FILE__, __LINE__, #status " is not " #want, (int)status_); \
     } while (0)
 _Noreturn void test_fail(const char *file, int line, const char *what, int status);
 
@@ -44,12 +45,13 @@ uint32_t rng_below(struct rng *, uint32_t n);
 /* Arenas: files without a name, so that nothing can be left behind */
 #define NO_LIMIT (1ull << 50)
 int arena_new(uint64_t capacity, uint64_t limit_bytes);
-void arena_join(struct sh_ctx *, int fd);          /* a process */
-void arena_lead(struct sh_ctx *, int fd);          /* the coordinator; finishes what the last one left */
-void arena_share(struct sh_ctx *, struct sh_ctx *); /* uses the mapping of the second: for the thread
-                                                       sanitizer, which knows memory by its address */
-void arena_leave(struct sh_ctx *);                 /* detaches in order */
-void arena_die(struct sh_ctx *);                   /* as if killed: only its liveness lock goes */
+void arena_join(struct sh_ctx *, int fd); /* a process */
+void arena_lead(struct sh_ctx *, int fd); /* the coordinator; finishes what the last one left */
+void arena_share(struct sh_ctx *,
+                 struct sh_ctx *); /* uses the mapping of the second: for the thread
+                                      sanitizer, which knows memory by its address */
+void arena_leave(struct sh_ctx *); /* detaches in order */
+void arena_die(struct sh_ctx *);   /* as if killed: only its liveness lock goes */
 
 /* What a Python caller does around the core: repeat what was busy. */
 struct sh_ref block_new(struct sh_ctx *, uint64_t nbytes);
@@ -60,13 +62,13 @@ struct handle {
     uint64_t off, gen, cell;
     uint32_t seq;
 };
-struct handle handle_of(const struct sh_ctx *, const struct sh_ref *);  /* without a lease */
+struct handle handle_of(const struct sh_ctx *, const struct sh_ref *); /* without a lease */
 struct handle handle_lease(struct sh_ctx *, const struct sh_ref *);
 enum sh_status handle_open(struct sh_ctx *, const struct handle *, struct sh_ref *);
 
 /* Coordinator */
 void reap_dead(struct sh_ctx *lead, uint64_t lease_cutoff_ns);
-uint64_t collect(struct sh_ctx *lead); /* a cycle; blocks swept */
+uint64_t collect(struct sh_ctx *lead);     /* a cycle; blocks swept */
 uint64_t release_all(struct sh_ctx *lead); /* bytes */
 
 /* Death: a forked child dies at the n-th passing of a crash point. */
@@ -76,10 +78,12 @@ void die_when(const char *point, uint32_t n);
 bool child_survives(void (*run)(void *), void *arg, const char *point, uint32_t n);
 
 /* The second opinion, at a quiet moment */
-enum { EXACT_COUNTS = 1 }; /* nobody died: each count is that of its holders */
+enum {
+    EXACT_COUNTS = 1
+}; /* nobody died: each count is that of its holders */
 void must_be_sound(struct sh_ctx *, uint32_t flags);
 void test_say(void *violations, const char *invariant, const char *what); /* for sh_check */
-void must_be_empty(struct sh_ctx *); /* no block lives */
+void must_be_empty(struct sh_ctx *);                                      /* no block lives */
 uint64_t live_blocks(struct sh_ctx *);
 void kernel_must_agree(struct sh_ctx *);
 

@@ -1,6 +1,7 @@
 /*
- * Real deaths of real processes, at random moments and at every named crash point: whatever they were in
- * the middle of, the others go on, and at the end everything is given back (I-3, I-5, I-7, I-8, I-9).
+ * Real deaths of real processes, at random moments and at every named crash point: whatever they
+ * were in the middle of, the others go on, and at the end everything is given back (I-3, I-5, I-7,
+ * I-8, I-9).
  */
 #include "hammer.h"
 
@@ -303,7 +304,8 @@ static void clear_scene(struct scene *s)
     }
     static const char *const names[] = {"mess", "large", "small"};
     for (uint32_t i = 0; i < 3; i++) {
-        enum sh_status status = sh_root_clear(&s->witness, names[i], (uint32_t)strlen(names[i]), 1000);
+        enum sh_status status =
+            sh_root_clear(&s->witness, names[i], (uint32_t)strlen(names[i]), 1000);
         CHECK(status == SH_OK || status == SH_ABSENT || status == SH_DEFERRED);
     }
     arena_leave(&s->witness);
@@ -342,15 +344,17 @@ static void die_at_points(void (*act)(void *), const char *const *points)
 
 static void test_user_crash_points(void)
 {
-    static const char *const points[] = {"attach:held",  "cut:reserved",  "commit:step", "large:committed",
-                                         "root:entered", "fork:prepared", "log:entry",   NULL};
+    static const char *const points[] = {
+        "attach:held",  "cut:reserved",  "commit:step", "large:committed",
+        "root:entered", "fork:prepared", "log:entry",   NULL};
     die_at_points(act_as_user, points);
 }
 
 static void test_coordinator_crash_points(void)
 {
-    static const char *const points[] = {"gc:phase",        "gc:marking",      "gc:sweeping", "reap:cells",
-                                         "release:claimed", "release:punched", "log:entry",   NULL};
+    static const char *const points[] = {
+        "gc:phase",        "gc:marking",      "gc:sweeping", "reap:cells",
+        "release:claimed", "release:punched", "log:entry",   NULL};
     die_at_points(act_as_coordinator, points);
 }
 

@@ -1,6 +1,6 @@
 /*
- * The page heap: against an oracle that is an array, and at the death of its user after every entry of
- * the undo log (I-1, I-3).
+ * The page heap: against an oracle that is an array, and at the death of its user after every entry
+ * of the undo log (I-1, I-3).
  */
 #include "support.h"
 
@@ -74,7 +74,8 @@ static void take(struct oracle *o, uint32_t run)
 /* What commit and punch leave behind, without the system calls. */
 static void set_some_units(struct oracle *o, uint32_t page, uint32_t n)
 {
-    uint64_t first = sh_unit_of_page(&o->c, page), end = first + (uint64_t)n * sh_units_per_page(&o->c);
+    uint64_t first = sh_unit_of_page(&o->c, page),
+             end = first + (uint64_t)n * sh_units_per_page(&o->c);
     bool whole = rng_below(&o->rng, 2);
     uint32_t state = rng_below(&o->rng, 2) ? SH_UNIT_COMMITTED : SH_UNIT_RELEASED;
     for (uint64_t u = first; u < end; u++) {
@@ -92,7 +93,8 @@ static void give(struct oracle *o, uint32_t run)
     CHECK_OK(sh_pages_give(&o->c, &page, 1, 1000));
     memset(&o->owner[page], 0, n * sizeof o->owner[0]);
     o->n[run] = 0;
-    o->merged += (page > 0 && o->owner[page - 1] == 0) || (page + n < o->used && o->owner[page + n] == 0);
+    o->merged +=
+        (page > 0 && o->owner[page - 1] == 0) || (page + n < o->used && o->owner[page + n] == 0);
 }
 
 /* As the coordinator: one particular run is taken, released and given back. */
@@ -124,16 +126,19 @@ static void compare(struct oracle *o)
         for (at = page; at < page + SH_SPAN_NPAGES(span); at++)
             CHECK((SH_SPAN_STATE(span) == SH_FREE) == (o->owner[at] == 0));
         if (SH_SPAN_STATE(span) == SH_RESERVED)
-            CHECK(o->page[o->owner[page] - 1] == page && o->n[o->owner[page] - 1] == SH_SPAN_NPAGES(span));
+            CHECK(o->page[o->owner[page] - 1] == page &&
+                  o->n[o->owner[page] - 1] == SH_SPAN_NPAGES(span));
         inuse += SH_SPAN_STATE(span) == SH_FREE ? 0 : SH_SPAN_NPAGES(span);
     }
     CHECK(at == o->used && at == atomic_load(&o->c.hdr->used_pages));
     CHECK(inuse == atomic_load(&o->c.hdr->inuse_pages));
     for (uint64_t u = 0; u < o->used * sh_units_per_page(&o->c); u++)
-        CHECK((SH_UNIT_STATE(atomic_load(sh_unit(&o->c, u))) == SH_UNIT_RELEASED) == o->released[u]);
+        CHECK((SH_UNIT_STATE(atomic_load(sh_unit(&o->c, u))) == SH_UNIT_RELEASED) ==
+              o->released[u]);
     /* committed_units is not kept here: nothing was committed */
-    atomic_store(&o->c.hdr->committed_units, o->used * sh_units_per_page(&o->c) -
-                                                 sh_units_released(&o->c, 0, o->used * sh_units_per_page(&o->c)));
+    atomic_store(&o->c.hdr->committed_units,
+                 o->used * sh_units_per_page(&o->c) -
+                     sh_units_released(&o->c, 0, o->used * sh_units_per_page(&o->c)));
     must_be_sound(&o->c, EXACT_COUNTS);
 }
 
@@ -232,8 +237,8 @@ static void test_crowded_bin(void)
     arena_leave(&c);
 }
 
-/* A run at the end is part of the growth, and one that suffices is taken though it is not the first of
- * its list. */
+/* A run at the end is part of the growth, and one that suffices is taken though it is not the first
+ * of its list. */
 static void test_growth_uses_the_tail(void)
 {
     struct sh_ctx c;
@@ -268,8 +273,8 @@ static void test_bins(void)
     CHECK(sh_bin_of(SH_MAX_PAGES) < SH_NBINS);
 }
 
-/* Deaths. The child is a fork of the one process that uses the arena: it dies inside an operation that
- * its parent never heard of, and another context finds the lock. */
+/* Deaths. The child is a fork of the one process that uses the arena: it dies inside an operation
+ * that its parent never heard of, and another context finds the lock. */
 
 struct scene {
     struct sh_ctx c, other;
@@ -302,8 +307,7 @@ static struct snapshot look(const struct sh_ctx *c)
 
 static bool same(const struct snapshot *a, const struct snapshot *b)
 {
-    return a->pages_n == b->pages_n &&
-           memcmp(a->words, b->words, a->heap_n + a->pages_n) == 0;
+    return a->pages_n == b->pages_n && memcmp(a->words, b->words, a->heap_n + a->pages_n) == 0;
 }
 
 static void set_scene(struct scene *s)
@@ -450,8 +454,8 @@ static void test_death_while_growing(void)
     free(s);
 }
 
-/* Names: whatever was being done, the other names stand for what they stood for. Here the child is a
- * process of its own, because it dies with its own process lock held, too. */
+/* Names: whatever was being done, the other names stand for what they stood for. Here the child is
+ * a process of its own, because it dies with its own process lock held, too. */
 
 struct naming {
     struct scene scene;
@@ -481,7 +485,8 @@ static uint32_t names(struct sh_ctx *c)
     char name[SH_ROOT_NAME_MAX];
     uint32_t entry = 0, len, n = 0;
     while (sh_root_name(c, &entry, name, &len, 10000) == SH_OK) {
-        CHECK((len == 5 && memcmp(name, "older", 5) == 0) || (len == 3 && memcmp(name, "new", 3) == 0));
+        CHECK((len == 5 && memcmp(name, "older", 5) == 0) ||
+              (len == 3 && memcmp(name, "new", 3) == 0));
         n++;
     }
     return n;
@@ -533,6 +538,8 @@ static void spoil_lists(struct sh_ctx *c)
     for (uint32_t i = 0; i < SH_NBINS; i++)
         c->hdr->bins[i] = i % 3 ? SH_NIL : i;
     memset(c->hdr->bin_bits, 0xa5, sizeof c->hdr->bin_bits);
+    for (uint32_t i = 0; i < SH_NCLASSES; i++)
+        c->hdr->orphans[i] = SH_NIL;
     atomic_store(&c->hdr->inuse_pages, 77);
 }
 
@@ -543,11 +550,26 @@ static void spoil_log(struct sh_ctx *c, uint32_t how)
     l->log[0] = (struct sh_undo){how == 1 ? c->geo.data : how == 2 ? 12345 : c->geo.end + 8, 99};
 }
 
+/* A span without an owner, which has a list of its own. */
+static void leave_an_orphan(struct scene *s)
+{
+    struct sh_ctx c, lead;
+    arena_join(&c, s->c.fd);
+    arena_lead(&lead, s->c.fd);
+    struct sh_ref r = block_new(&c, 500);
+    CHECK_OK(sh_root_set(&c, "older", 5, &r, 1000));
+    arena_die(&c);
+    reap_dead(&lead, UINT64_MAX);
+    CHECK(s->c.hdr->orphans[sh_class_of(500)] != SH_NIL);
+    arena_leave(&lead);
+}
+
 static void test_bad_log_is_rebuilt(void)
 {
     for (uint32_t how = 0; how < 4; how++) {
         struct scene *s = calloc(1, sizeof *s);
         set_scene(s);
+        leave_an_orphan(s);
         CHECK(!child_survives(hold_heap_lock, s, "held", 1));
         spoil_log(&s->c, how);
         spoil_lists(&s->c);

@@ -1,6 +1,6 @@
 /*
- * Threads that play processes, all on one mapping, so that the thread sanitizer sees every access; a
- * coordinator collects, stamps, releases, checks and reaps meanwhile, and dies now and then.
+ * Threads that play processes, all on one mapping, so that the thread sanitizer sees every access;
+ * a coordinator collects, stamps, releases, checks and reaps meanwhile, and dies now and then.
  */
 #include "hammer.h"
 
@@ -118,7 +118,8 @@ static void run_workers(struct play *p)
     pthread_t thread[WORKERS];
     for (uint32_t i = 0; i < WORKERS; i++) {
         w[i].play = p;
-        w[i].user = (struct user){.mail = &p->mail, .id = i + 2, .rng = {test_seed() + 7919 * (i + 1)}};
+        w[i].user =
+            (struct user){.mail = &p->mail, .id = i + 2, .rng = {test_seed() + 7919 * (i + 1)}};
         CHECK(pthread_create(&thread[i], NULL, work, &w[i]) == 0);
     }
     for (uint32_t round = 0; atomic_load(&p->working) != 0; round++)

@@ -352,6 +352,11 @@ inline handshake() {                /* whatever ran under a process lock when th
   atomic { (pl[1]==0 || pl[1]==ORPHANED) -> recover_p(1); pl[1]=0 }
 }
 inline settle() { atomic { HFREE -> recover_h(); hl=0 } }         /* the same for the heap lock */
+#ifdef BUG_PUNCH_NO_HANDSHAKE
+#define free_handshake() skip
+#else
+#define free_handshake() handshake()
+#endif
 #ifdef BUG_HOLE_NO_HANDSHAKE
 #define hole_handshake() skip
 #else
@@ -370,9 +375,7 @@ inline finish() {
   if
   :: !hard && !BUSY(k) && (n==1 || !BUSY(1))                       /* given back as it is: it will age */
   :: true ->
-#ifndef BUG_PUNCH_NO_HANDSHAKE
-     handshake();
-#endif
+     free_handshake();
      atomic { wpunched[k]=1; if :: n==2 -> wpunched[1]=1 :: else fi };
      u=k;
      do :: u<k+n -> punch_unit(u); u++ :: else -> break od
@@ -623,6 +626,7 @@ init {
     :: START(4) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* unit 1 only set aside */
     :: START(5) -> SMALL_SPAN(NONE); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* an orphan of that kind */
     :: START(6) -> sp[0]=LARGE; sp[1]=INNER; DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0; wire=0   /* a large block of two pages */
+    :: START(7) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0          /* worker 0's span, it holds a block of it */
     fi
   };
   atomic { run worker(0); run worker(1); run coll(); run killer() }

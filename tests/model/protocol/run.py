@@ -79,32 +79,35 @@ CONTROLS = [
         "pages.pml",
         "LARGE_FIRST -DINIT=6",
         "LOST_WORD_FIRST -DINIT=6",
-        "LOST_NO_HANDSHAKE -DINIT=6",
+        "LOST_NO_HANDSHAKE -DINIT=1",
         "LIST_FIRST -DINIT=6",
         "PUNCH_NO_HANDSHAKE -DINIT=1",
-        "GEN_RESTART -DINIT=0",
+        "GEN_RESTART -DINIT=6",
         "ALLOC_NO_CHECK -DINIT=2",
+        "ADOPT_RESTORES -DINIT=5",
         "NO_URESERVED -DINIT=3",
         "TAKE_BUSY -DINIT=3",
         "PUNCH_NOT_ASIDE -DINIT=2",
-        "ASIDE_NO_LOCK -DINIT=4 -DOPS=2",
+        "STAMP_PLAIN -DINIT=3",
+        "ASIDE_NO_LOCK -DINIT=4 -DOPS=2 -DOPS1=0",
         "ORPHAN_NO_LOCK -DINIT=5 -DOPS=3 -DOPS1=0",
         "STRADDLE -DINIT=3 -DOPS=2 -DGEOM=1",
-        "STAMP_PLAIN -DINIT=0",
-        "REAP_UNRECOVERED -DINIT=0 -DKILLS=1",
+        "HOLE_NO_HANDSHAKE -DINIT=7 -DACTS=2",
+        "DEAD_NO_HANDSHAKE -DINIT=7 -DACTS=2 -DCKILLS=1",
+        "LOOK_UNLOCKED -DINIT=5 -DKILLS=1",
+        "REAP_UNRECOVERED -DINIT=1 -DKILLS=1",
         "REAP_NO_PUNCH -DINIT=3 -DKILLS=1",
-        "ADOPT_LOGGED -DINIT=5 -DKILLS=1",
-        "SCAN_UNRECOVERED -DINIT=0 -DCKILLS=1",
-        "NO_REDO -DINIT=4 -DCKILLS=1",
+        "BEGIN_UNRECOVERED -DINIT=1 -DCKILLS=1",
+        "NO_REDO -DINIT=5 -DCKILLS=1",
     ),
 ]
 
 QUICK = [
     *(gc(f"-DOPS=1 -DINIT={start}") for start in range(6)),
-    *(pages(f"-DINIT={start}") for start in range(7)),
+    *(pages(f"-DINIT={start}") for start in range(8)),
     pages("-DINIT=3 -DGEOM=1"),
-    pages("-DINIT=2 -DKILLS=1"),
-    pages("-DINIT=4 -DCKILLS=1"),
+    pages("-DINIT=1 -DKILLS=1"),
+    pages("-DINIT=1 -DCKILLS=1"),
     *CONTROLS,
 ]
 
@@ -114,9 +117,15 @@ LONG = [
     *(gc(f"-DOPS=1 -DINIT={start} -DCKILLS=1") for start in (2, 3, 4)),
     gc("-DOPS=1 -DINIT=2 -DKILLS=1 -DCKILLS=1"),
     gc("-DOPS=2 -DINIT=2"),
-    *CONTROLS,
+    *(pages(knobs) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DNOSPC", "-DPLOG")),
+    *(pages(f"-DKILLS=1 {knobs}".strip()) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DPLOG")),
+    *(pages(f"-DCKILLS=1 {knobs}".strip()) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DPLOG")),
+    *(pages(f"-DINIT={start} -DKILLS=1 -DCKILLS=1") for start in range(8)),
+    *(pages(f"-DINIT={start} -DKILLS=2") for start in range(1, 8)),
+    *(pages(f"-DINIT={start} -DOPS=2") for start in range(1, 8)),
+    *(pages(f"-DINIT={start} -DACTS=2") for start in range(8)),
+    *(pages(f"-DINIT={start} -DACTS=2 -DCKILLS=1") for start in (4, 5, 7)),
 ]
-
 
 def build(run: Run, folder: Path, *, optimise: str, shortest: bool) -> Path:
     model = HERE / run.model
@@ -141,12 +150,12 @@ def judge(output: str) -> tuple[str, str]:
     return ("holds" if errors.group(1) == "0" else "stuck"), ""
 
 
-def check(run: Run, *, limit_s: float, optimise: str = "-O2", shortest: bool = False, folder: Path) -> Outcome:
+def check(run: Run, folder: Path, *, limit_s: float, optimise: str = "-O2", shortest: bool = False) -> Outcome:
     pan = build(run, folder, optimise=optimise, shortest=shortest)
     start = time.monotonic()
     try:
         output = subprocess.run(
-            [str(pan), f"-m{SEARCH_DEPTH}", "-w24"], cwd=folder, timeout=limit_s, capture_output=True, text=True
+            [str(pan), f"-m{SEARCH_DEPTH}", "-w25"], cwd=folder, timeout=limit_s, capture_output=True, text=True
         ).stdout
     except subprocess.TimeoutExpired:
         return Outcome(0, "not finished", time.monotonic() - start, f"stopped after {limit_s:.0f} s")
@@ -160,7 +169,7 @@ def check_all(runs: list[Run], *, limit_s: float, optimise: str) -> int:
     wrong = 0
     for run in runs:
         with tempfile.TemporaryDirectory(prefix="model-") as folder:
-            outcome = check(run, limit_s=limit_s, optimise=optimise, folder=Path(folder))
+            outcome = check(run, Path(folder), limit_s=limit_s, optimise=optimise)
         as_expected = outcome.verdict == ("violated" if run.fails else "holds")
         wrong += not as_expected
         print(
@@ -176,7 +185,7 @@ def trace(run: Run) -> int:
     """Prints the shortest counterexample: process, source line, statement and the values it changed."""
     with tempfile.TemporaryDirectory(prefix="model-") as name:
         folder = Path(name)
-        outcome = check(run, limit_s=600, shortest=True, folder=folder)
+        outcome = check(run, folder, limit_s=600, shortest=True)
         print(f"{outcome.verdict}: {outcome.detail}")
         if outcome.verdict not in ("violated", "stuck"):
             return 1
