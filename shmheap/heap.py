@@ -57,7 +57,7 @@ __all__ = ["Heap", "open", "unlink"]
 ANSWER_S = 60.0
 """How long gc() and scavenge() wait for the coordinator unless told otherwise."""
 
-RECLAIM_S = 5.0
+RECLAIM_S = 1.0
 """How long an allocation waits for one collection before it is refused: a coordinator that is alive
 answers in milliseconds, one that must be started first in tenths of a second."""
 
@@ -79,7 +79,7 @@ class Heap(HeapBase):
     Can be pickled: the receiver attaches. Safe to use from several threads, and after os.fork.
     """
 
-    name: str
+    name: str = ""
     _path: str
     _config: Config
     _nonce: int
@@ -187,7 +187,7 @@ class Heap(HeapBase):
         if nbytes > self.capacity:
             raise self._full(nbytes, status)
         deadline = math.inf if timeout is None else time.monotonic() + float(timeout)
-        self._reclaim()
+        self._reclaim(min(RECLAIM_S, max(deadline - time.monotonic(), 0) or RECLAIM_S))
         self._waiting(True)
         try:
             return self._alloc_or_wait(nbytes, zero, deadline)
@@ -211,15 +211,20 @@ class Heap(HeapBase):
                 self._want(WANT_MEMORY)
                 told = seen
 
-    def _reclaim(self) -> None:
+    def _reclaim(self, timeout_s: float) -> None:
         """Have the dead reaped, garbage collected and idle pages given back, once."""
-        for kind in (ASK_GC, ASK_SCAVENGE_ALL):
-            self._await(kind, self._request(kind), RECLAIM_S)
+        tickets = [(kind, self._request(kind)) for kind in (ASK_GC, ASK_SCAVENGE_ALL)]
+        for kind, ticket in tickets:
+            if self._await(kind, ticket, timeout_s) is None:
+                return  # nobody answers: do not wait a second time
 
     def _full(self, nbytes: int, status: int, *, waiting: bool = False) -> HeapFull:
         stats = self.stats()
         free = stats.capacity - stats.heap_inuse
-        holders = sorted(((pid, held) for pid, held, _ in self._holders()), key=lambda row: -row[1])
+        held_by: dict[int, int] = {}
+        for pid, held, _ in self._holders():
+            held_by[pid] = held_by.get(pid, 0) + held
+        holders = sorted(((p, n) for p, n in held_by.items() if n), key=lambda row: -row[1])
         limit_bytes = 0
         if waiting:
             limit = "waiting"
@@ -289,9 +294,10 @@ class Heap(HeapBase):
     def _ask(self, kind: int, timeout: float | None) -> tuple[int, ...]:
         fields = self._await(kind, self._request(kind), math.inf if timeout is None else timeout)
         if fields is None:
+            log = self._config.log
             raise CoordinatorLost(
-                f"the coordinator of {self.name!r} did not answer within {timeout} s; its log is "
-                f"{self._config.log or 'Config.log'}"
+                f"the coordinator of {self.name!r} did not answer within {timeout} s; "
+                + (f"see its log {log}" if log else "set Config.log to see why")
             )
         return fields
 

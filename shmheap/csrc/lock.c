@@ -213,7 +213,11 @@ void sh_poison(struct sh_ctx *c)
 /* The process lock: from reading the phase to the last step of an operation (rule 4). */
 enum sh_status sh_enter(struct sh_ctx *c, int wait_ms)
 {
-    return c->slot == NULL ? SH_CLOSED : sh_process_lock(c, c->slot, wait_ms);
+    if (c->slot == NULL)
+        return SH_CLOSED;
+    if (atomic_load_explicit(&c->hdr->poisoned, RLX))
+        return SH_CORRUPT; /* for everybody, for ever (I-3) */
+    return sh_process_lock(c, c->slot, wait_ms);
 }
 
 void sh_leave(struct sh_ctx *c)

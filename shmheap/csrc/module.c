@@ -502,9 +502,9 @@ static PyObject *block_richcompare(PyObject *x, PyObject *y, int op)
 
 static Py_hash_t block_hash(Block *self)
 {
-    if (!block_usable(self))
-        return -1;
-    Py_hash_t h = (Py_hash_t)((block_offset(self) >> 4) * 1000003u ^ self->ref.gen);
+    /* Of what stays the same when the handle is freed, and in every mapping of the heap. */
+    uint64_t place = (uint64_t)self->ref.page << 12 | ((uintptr_t)self->ref.data & 0xfffu);
+    Py_hash_t h = (Py_hash_t)(place * 1000003u ^ self->ref.gen);
     return h == -1 ? -2 : h;
 }
 
@@ -563,7 +563,9 @@ static PyType_Spec block_spec = {"shmheap._core.Block", sizeof(Block), 0,
 
 static PyObject *heap_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    (void)args, (void)kwargs;
+    if ((args != NULL && PyTuple_Size(args) != 0) || (kwargs != NULL && PyDict_Size(kwargs) != 0))
+        return PyErr_Format(PyExc_TypeError,
+                            "a heap is made by shmheap.open(), Heap.create() or Heap.attach()");
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     return alloc(type, 0);
 }
@@ -747,6 +749,8 @@ static PyObject *put_view(Heap *self, Py_buffer *view)
     enum sh_status s = SH_OK;
     if (view->len == 0)
         return PyErr_Format(PyExc_ValueError, "a block has at least 1 byte, not 0");
+    if (view->format != NULL && strchr(view->format, 'O') != NULL)
+        return PyErr_Format(PyExc_ValueError, "Python objects cannot be shared, only bytes");
     PyObject *block = alloc_block(self, view->len, false, &s);
     if (block == NULL && !PyErr_Occurred())
         block = alloc_when_short(self, view->len, false, NULL, s);
@@ -1313,7 +1317,7 @@ static PyObject *steward_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         box_drop(b);
         return NULL;
     }
-    Heap *self = (Heap *)heap_new(type, args, kwargs);
+    Heap *self = (Heap *)heap_new(type, NULL, NULL);
     if (self == NULL)
         box_drop(b);
     else
@@ -1658,7 +1662,8 @@ static PyObject *observer_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     PyObject *path = PyUnicode_FromString("");
     struct box *b = path ? box_new(fd, path, false) : NULL;
     Py_XDECREF(path);
-    Heap *self = b ? (Heap *)heap_new(type, args, kwargs) : NULL;
+    (void)kwargs;
+    Heap *self = b ? (Heap *)heap_new(type, NULL, NULL) : NULL;
     if (self != NULL)
         self->box = b;
     else if (b != NULL)

@@ -342,9 +342,20 @@ static enum sh_status take_locked(struct sh_ctx *c, uint32_t n, uint32_t *page, 
     return SH_OK;
 }
 
+/* Idle runs that the coordinator stamps or releases come back at once; for a moment a heap that has
+ * room may look full. */
+#define BORROW_NAP_NS 500000
+#define BORROW_NAPS   2000u /* a second: longer only if the coordinator was stopped */
+
+static bool runs_are_borrowed(struct sh_ctx *c)
+{
+    return c->slot_index != 0 && atomic_load(&c->hdr->borrowed_pages) != 0 && sh_alive(c, 0);
+}
+
 /* A run of n pages, RESERVED by us. Committed or not: see sh_pages_commit. */
 enum sh_status sh_pages_take(struct sh_ctx *c, uint32_t n, int wait_ms, uint32_t *page)
 {
+    uint32_t naps = 0;
     for (;;) {
         uint64_t tables = 0;
         enum sh_status s = sh_heap_lock(c, wait_ms);
@@ -356,6 +367,10 @@ enum sh_status sh_pages_take(struct sh_ctx *c, uint32_t n, int wait_ms, uint32_t
         sh_heap_unlock(c);
         if (s == SH_OK && gc)
             sh_want(c, SH_WANT_GC);
+        if (s == SH_FULL && naps++ < BORROW_NAPS && runs_are_borrowed(c)) {
+            sh_os_nap(BORROW_NAP_NS);
+            continue;
+        }
         if (s != SH_SLOW)
             return s;
         s = commit_tables(c, tables, wait_ms);

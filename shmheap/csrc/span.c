@@ -382,7 +382,7 @@ static bool collect_remote(struct sh_ctx *c, uint32_t kind)
 
 /* Marks up to FILL_UNITS units of a span for committing; those that are only stamped need nothing
  * more than to lose the stamp. Locked. */
-static uint32_t reserve_units(struct sh_ctx *c, struct sh_pspan *s, uint64_t *units)
+static uint32_t reserve_units(struct sh_ctx *c, struct sh_pspan *s, uint64_t *units, bool *limited)
 {
     uint64_t base = sh_unit_of_page(c, s->page);
     uint32_t n = 0, all = c->kinds[s->kind].npages * sh_units_per_page(c), budget = FILL_UNITS;
@@ -395,6 +395,10 @@ static uint32_t reserve_units(struct sh_ctx *c, struct sh_pspan *s, uint64_t *un
         if (SH_UNIT_STATE(u) == SH_UNIT_COMMITTED && SH_UNIT_STAMP(u) != 0)
             atomic_store_explicit(unit, u & 7u, REL);
         if (SH_UNIT_STATE(u) == SH_UNIT_RELEASED) {
+            if (!sh_budget(c, 1)) { /* before the word: a reaper takes off what it finds RESERVED */
+                *limited = true;
+                break;
+            }
             atomic_store_explicit(unit, SH_UNIT_RESERVED, REL);
             units[n++] = base + i;
         }
@@ -413,15 +417,11 @@ static enum sh_status commit_reserved(struct sh_ctx *c, const uint64_t *units, u
         while (*done + run < n && units[*done + run] == units[*done] + run)
             run++;
         uint64_t off = c->geo.data + (units[*done] << c->geo.unit_shift);
-        if (!sh_budget(c, run))
-            return SH_LIMIT;
         status = sh_status_of_errno(sh_os_commit(c, off, (uint64_t)run << c->geo.unit_shift));
-        if (status == SH_OK) {
+        if (status == SH_OK)
             *done += run;
-        } else {
+        else
             sh_os_unused(c, off, (uint64_t)run << c->geo.unit_shift);
-            sh_unbudget(c, run);
-        }
     }
     return status;
 }
@@ -432,7 +432,8 @@ static enum sh_status commit_reserved(struct sh_ctx *c, const uint64_t *units, u
 static enum sh_status fill(struct sh_ctx *c, struct sh_pspan *s, int wait_ms)
 {
     uint64_t units[FILL_MAX];
-    uint32_t page = s->page, done, n = reserve_units(c, s, units);
+    bool limited = false;
+    uint32_t page = s->page, done, n = reserve_units(c, s, units, &limited);
     uint64_t span = s->span;
     sh_leave(c);
     enum sh_status status = commit_reserved(c, units, n, &done);
@@ -441,10 +442,13 @@ static enum sh_status fill(struct sh_ctx *c, struct sh_pspan *s, int wait_ms)
     for (uint32_t i = 0; i < n; i++)
         atomic_store_explicit(sh_unit(c, units[i]),
                               i < done ? SH_UNIT_COMMITTED | SH_UNIT_DIRTY : SH_UNIT_RELEASED, REL);
+    sh_unbudget(c, n - done);
     s = c->pspan_at[page];
     if (s != NULL && s->span == span && still_ours(c, s))
         scan(c, s);
-    return done > 0 || n == 0 ? SH_OK : status;
+    if (done == 0 && n == 0)
+        return limited ? SH_LIMIT : SH_OK; /* or there was nothing to commit */
+    return done > 0 ? SH_OK : status;
 }
 
 static enum sh_status fill_some(struct sh_ctx *c, uint32_t kind, int wait_ms)
@@ -548,7 +552,9 @@ static void number_pins(struct sh_ctx *c, struct sh_pspan *s)
 /* Publishes a span: until here it was RESERVED, from here on it is SMALL, PINS or LEASES. */
 static enum sh_status publish(struct sh_ctx *c, struct sh_pspan *s, uint64_t span, int wait_ms)
 {
-    enum sh_status status = sh_enter(c, wait_ms);
+    enum sh_status status;
+    while ((status = sh_enter(c, wait_ms ? wait_ms : 1000)) == SH_BUSY) {
+    } /* the pages are ours: nothing is left half done */
     if (status != SH_OK) {
         free(s); /* the span is ours by its record, and found when we end */
         return status;

@@ -205,6 +205,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_spoilt_file_is_not_used(hand: HeapByHand, how: str) -> None:
+    hand.heap._keep(True)  # else its last user removes it
     hand.heap.close()
     hand.steward.close()
     spoil, said = SPOILT[how]
@@ -228,6 +229,7 @@ def test_a_spoilt_file_is_not_used(hand: HeapByHand, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["text", "empty", "newer version"])
 def test_what_cannot_be_used_can_be_unlinked(hand: HeapByHand, how: str) -> None:
+    hand.heap._keep(True)
     hand.heap.close()
     hand.steward.close()
     SPOILT[how][0](hand.path)

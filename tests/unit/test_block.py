@@ -226,6 +226,10 @@ def test_equal_means_the_same_block(heap: Heap) -> None:
     again = copy.copy(one)
     assert one == again
     assert hash(one) == hash(again)
+    known = {again}
+    again.free()
+    known.discard(again)
+    assert not known, "the hash is the handle's for life"
     assert one is not again
     assert one != two
     assert one != b"same"
@@ -293,7 +297,6 @@ AFTER_FREE: list[Callable[[Block], object]] = [
     len,
     bytes,
     memoryview,
-    hash,
     copy.copy,
     copy.deepcopy,
     pickle.dumps,
