@@ -1797,33 +1797,64 @@ static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
     return error ? NULL : Py_NewRef(Py_None);
 }
 
+/* The boxes of a fork are kept in a list of their own from the first hook to the last: nothing in
+ * Python runs while any of them is locked, and none goes away. A second thread that forks meanwhile
+ * is not prepared: its child finds itself without the heap. */
+#define MAX_FORKED 64
+static struct box *forking[MAX_FORKED];
+static int nforking;
+static unsigned long forker; /* the thread that filled the list; it is the child's only one */
+
 static PyObject *core_before_fork(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
-    for (struct box *b = state->boxes; b != NULL; b = b->next)
-        if (b->attached && !sh_is_forked(&b->ctx))
-            sh_fork_prepare(&b->ctx); /* on failure the child finds itself without the heap */
+    if (nforking != 0)
+        Py_RETURN_NONE;
+    forker = PyThread_get_thread_ident();
+    for (struct box *b = state->boxes; b != NULL && nforking < MAX_FORKED; b = b->next) {
+        if (!b->attached || sh_is_forked(&b->ctx) || sh_fork_prepare(&b->ctx) != SH_OK)
+            continue; /* the child finds itself without the heap */
+        b->refs++;
+        b->calls++;
+        forking[nforking++] = b;
+    }
     Py_RETURN_NONE;
+}
+
+/* Takes the list, so that a fork may follow while the bells are rung. */
+static void end_fork(bool in_child)
+{
+    struct box *done[MAX_FORKED];
+    int n = nforking;
+    if (PyThread_get_thread_ident() != forker) { /* another thread's fork */
+        nforking = in_child ? 0 : nforking;
+        return;
+    }
+    memcpy(done, forking, sizeof done);
+    for (int i = 0; i < n; i++)
+        (in_child ? sh_fork_child : sh_fork_parent)(&done[i]->ctx);
+    nforking = 0;
+    for (int i = 0; i < n; i++) {
+        done[i]->calls =
+            in_child ? 0 : done[i]->calls - 1; /* threads inside are not in the child */
+        ring_quietly(done[i], false);
+        if (done[i]->closed)
+            box_settle(done[i]);
+        box_drop(done[i]);
+    }
 }
 
 static PyObject *core_after_fork_parent(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
-    for (struct box *b = state->boxes; b != NULL; b = b->next) {
-        sh_fork_parent(&b->ctx);
-        ring_quietly(b, false);
-    }
+    end_fork(false);
     Py_RETURN_NONE;
 }
 
 static PyObject *core_after_fork_child(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
-    for (struct box *b = state->boxes; b != NULL; b = b->next) {
-        b->calls = 0; /* the threads that were inside are not here */
-        sh_fork_child(&b->ctx);
-        ring_quietly(b, false);
-    }
+    end_fork(true);
     Py_RETURN_NONE;
 }
 

@@ -236,6 +236,8 @@ enum sh_status sh_fork_prepare(struct sh_ctx *c)
 {
     if (c->slot == NULL)
         return SH_CLOSED;
+    if (c->child != NULL)
+        return SH_BUSY; /* another thread is forking */
     c->child = new_child(c);
     if (c->child == NULL)
         return SH_NOMEM;
