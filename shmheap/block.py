@@ -97,7 +97,7 @@ class Lease:
             heap = _find_heap[0](named.path, named.nonce)
         except StaleHandle:
             return False
-        return heap._drop_lease(named.offset, named.cell, named.number)
+        return heap._drop_lease(named.offset, named.generation, named.cell, named.number)
 
     def __enter__(self) -> Self:
         return self

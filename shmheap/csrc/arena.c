@@ -185,6 +185,7 @@ enum sh_status sh_map(struct sh_ctx *c, int fd, bool writable)
         return SH_SYSTEM;
     c->hdr = (struct sh_header *)c->base;
     c->fd = fd;
+    c->patience_ms = 10000;
     sh_kinds_init(c);
     if (writable && !map_private(c)) {
         c->fd = -1;

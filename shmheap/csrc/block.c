@@ -208,7 +208,8 @@ enum sh_status sh_pin(struct sh_ctx *c, struct sh_ref *r)
     if (index < 0)
         return SH_SLOW;
     r->pin = s->number << (c->geo.page_shift - 3) | (uint32_t)index;
-    atomic_store_explicit(sh_pin_cell(c, r->pin), SH_CELL(sh_word_number(c, r->word), r->gen), REL);
+    atomic_store_explicit(sh_pin_cell(c, r->pin), SH_PIN_CELL(sh_word_number(c, r->word), r->gen),
+                          REL);
     sh_bump(&c->slot->pins, 1);
     return SH_OK;
 }
@@ -304,8 +305,8 @@ static void clean_units(struct sh_ctx *c, uint32_t page, uint32_t npages, bool z
     }
 }
 
-/* The run becomes a block, and ours, in one section under the process lock: whoever sees a LARGE
- * span whose word is not LIVE, and sees it again after that lock, has found what a death left. */
+/* The run becomes a block, and ours, in one section under the process lock. The word first: where a
+ * span is LARGE and its word is not LIVE, a block is being freed, or a death has left it so. */
 static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t npages,
                                     uint64_t nbytes, struct sh_ref *r)
 {
@@ -323,9 +324,8 @@ static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t np
     atomic_store_explicit(&sh_page(c, page)->link, nbytes, RLX);
     atomic_store_explicit(&sh_page(c, page)->head, SH_PAIR(page, 0), RLX);
     uint64_t w = SH_BLOCK_WORD(SH_BLOCK_LIVE, r->gen) | SH_COUNT_ONE;
-    atomic_store_explicit(r->word, SH_BLOCK_WORD(SH_BLOCK_FREE, r->gen), REL);
-    sh_set_span(c, page, span);
     atomic_store_explicit(r->word, touched_now(w, phase_of(c)), REL);
+    sh_set_span(c, page, span);
     status = sh_pin(c, r);
     sh_bump(&c->slot->mallocs, 1);
     sh_bump(&c->slot->alloc_bytes, nbytes);
@@ -506,9 +506,10 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
     }
     struct sh_lease *lease = (struct sh_lease *)sh_data(c, s->page) + index;
     if (sh_count_up(r->word, r->gen, phase_of(c))) {
-        c->lease_seq = (c->lease_seq + 1) & 0xffffffu ? (c->lease_seq + 1) & 0xffffffu : 1;
+        c->lease_seq = (c->lease_seq + 1) & SH_CELL_LOW_MASK;
         atomic_store_explicit(&lease->made_ns, sh_os_now_ns(), RLX);
-        atomic_store_explicit(&lease->cell, SH_CELL(sh_word_number(c, r->word), c->lease_seq), REL);
+        atomic_store_explicit(&lease->cell, SH_LEASE_CELL(sh_word_number(c, r->word), c->lease_seq),
+                              REL);
         atomic_fetch_add_explicit(&c->slot->leases, 1, RLX);
         *cell_off = (uint64_t)((uint8_t *)lease - c->base) - c->geo.data;
         *seq = c->lease_seq;
@@ -546,7 +547,7 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
 {
     uint32_t page, phase = phase_of(c);
     struct sh_lease *lease = find_lease(c, cell_off, &page);
-    uint64_t cell = SH_CELL(sh_word_number(c, r->word), seq);
+    uint64_t cell = SH_LEASE_CELL(sh_word_number(c, r->word), seq);
     if (lease == NULL || atomic_load_explicit(&lease->cell, ACQ) != cell)
         return false;
     if (!is_live(atomic_load_explicit(r->word, ACQ), r->gen))
@@ -597,17 +598,16 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
 }
 
 /* A lease of ours is not needed after all. SH_STALE: somebody took it. */
-enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t cell_off, uint32_t seq,
-                             int wait_ms)
+enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off,
+                             uint32_t seq, int wait_ms)
 {
-    struct sh_ref r;
+    struct sh_ref r = {.gen = gen};
     enum sh_status status = sh_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
     status = SH_STALE;
     if (locate_data(c, data_off, &r)) {
         uint64_t w = atomic_load_explicit(r.word, ACQ); /* the lease, if it is there, keeps it so */
-        r.gen = SH_GEN(w);
         r.nbytes = sh_block_bytes(c, &r, w);
         if (take_lease(c, &r, cell_off, seq)) {
             status = SH_OK;

@@ -264,7 +264,7 @@ static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t
     h.word = SH_CELL_WORD(h.cell);
     bool found = sh_locate(k->c, h.word, &r);
     uint64_t w = found ? atomic_load_explicit(r.word, ACQ) : 0;
-    bool other = found && generation && (SH_GEN(w) & 0xffffffu) != SH_CELL_LOW(h.cell);
+    bool other = found && generation && (SH_GEN(w) & SH_CELL_LOW_MASK) != SH_CELL_LOW(h.cell);
     if ((!found || SH_BSTATE(w) != SH_BLOCK_LIVE || other) && unchanged(&h)) {
         wrong(k, "I-6", "a holder (%s) names word %llu, where %s",
               page == SH_NIL ? "a root"

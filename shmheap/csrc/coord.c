@@ -13,8 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PATIENCE_MS 10000 /* for a process that was stopped inside an operation */
-#define BATCH       32u   /* runs taken from the page heap at a time, and given back together */
+#define BATCH 32u /* runs taken from the page heap at a time, and given back together */
 
 static uint32_t slots_used(const struct sh_ctx *c)
 {
@@ -34,7 +33,7 @@ enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
         struct sh_slot *s = sh_slot(c, i);
         if (i != 0 && !in_use(c, i))
             continue;
-        enum sh_status status = sh_process_lock(c, s, PATIENCE_MS);
+        enum sh_status status = sh_process_lock(c, s, c->patience_ms);
         if (status != SH_OK)
             return status;
         uint64_t from = sh_os_now_ns();
@@ -69,7 +68,7 @@ enum sh_status sh_give_all(struct sh_ctx *c)
     enum sh_status status = SH_OK;
     while (c->ndeferred != 0 && status == SH_OK) {
         uint32_t pages[SH_GIVE_MAX], n = sh_undefer(c, pages, SH_GIVE_MAX);
-        status = sh_pages_give(c, pages, n, PATIENCE_MS);
+        status = sh_pages_give(c, pages, n, c->patience_ms);
         for (uint32_t i = 0; status != SH_OK && i < n; i++)
             sh_defer(c, pages[i]);
     }
@@ -170,7 +169,7 @@ static enum sh_status finish_run(struct sh_ctx *c, uint32_t page, uint64_t span)
 
 static bool take_orphan(struct sh_ctx *c, uint32_t page, uint64_t *span)
 {
-    if (sh_heap_lock(c, PATIENCE_MS) != SH_OK)
+    if (sh_heap_lock(c, c->patience_ms) != SH_OK)
         return false;
     bool same = sh_span(c, page) == *span;
     if (same) {
@@ -184,7 +183,7 @@ static bool take_orphan(struct sh_ctx *c, uint32_t page, uint64_t *span)
 
 static enum sh_status make_orphan(struct sh_ctx *c, uint32_t page, uint64_t span)
 {
-    enum sh_status status = sh_heap_lock(c, PATIENCE_MS);
+    enum sh_status status = sh_heap_lock(c, c->patience_ms);
     if (status != SH_OK)
         return status;
     sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, false);
@@ -360,7 +359,7 @@ static void fold_counters(struct sh_ctx *c, struct sh_slot *s)
 
 static enum sh_status set_state(struct sh_ctx *c, struct sh_slot *s, uint32_t state)
 {
-    enum sh_status status = sh_registry(c, PATIENCE_MS);
+    enum sh_status status = sh_registry(c, c->patience_ms);
     if (status != SH_OK)
         return status;
     atomic_store(&s->state, state);
@@ -416,7 +415,7 @@ uint32_t sh_users(struct sh_ctx *c)
 /* Without users the heap closes for ever: attaching looks at the flag under the same lock. */
 enum sh_status sh_try_close(struct sh_ctx *c, bool *closed)
 {
-    enum sh_status status = sh_registry(c, PATIENCE_MS);
+    enum sh_status status = sh_registry(c, c->patience_ms);
     *closed = false;
     if (status != SH_OK)
         return status;
@@ -434,7 +433,7 @@ uint32_t sh_refuse_waiters(struct sh_ctx *c)
 {
     uint32_t freed = atomic_load(&c->hdr->freed), refused = 0;
     bool all = true;
-    if (sh_registry(c, PATIENCE_MS) != SH_OK)
+    if (sh_registry(c, c->patience_ms) != SH_OK)
         return 0;
     for (uint32_t i = 1; i < slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
@@ -547,7 +546,7 @@ bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
     if (SH_SPAN_OWNER(*span) == SH_OWNER_NONE)
         return take_orphan(c, page, span);
     struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(*span));
-    if (sh_process_lock(c, s, PATIENCE_MS) != SH_OK)
+    if (sh_process_lock(c, s, c->patience_ms) != SH_OK)
         return false;
     c->held_since_ns = sh_os_now_ns();
     if (sh_span(c, page) == *span)
@@ -586,7 +585,7 @@ static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
 {
     uint32_t taken = 0;
     uint32_t wanted = b->n;
-    enum sh_status status = sh_heap_lock(c, PATIENCE_MS);
+    enum sh_status status = sh_heap_lock(c, c->patience_ms);
     b->n = 0;
     if (status != SH_OK)
         return status;
@@ -605,7 +604,7 @@ static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
 
 static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
 {
-    enum sh_status status = b->n ? sh_pages_give(c, b->page, b->n, PATIENCE_MS) : SH_OK;
+    enum sh_status status = b->n ? sh_pages_give(c, b->page, b->n, c->patience_ms) : SH_OK;
     b->n = 0;
     atomic_store(&c->hdr->borrowed_pages, 0);
     return status;

@@ -189,11 +189,14 @@ enum sh_block_state {
 #define SH_BSTATE(w)    ((w) >> SH_BSTATE_SHIFT)
 #define SH_BLOCK_WORD(state, gen) (((uint64_t)(state) << SH_BSTATE_SHIFT) | (gen))
 
-/* A cell that holds a block: word number:40 (offset of the block word / 8), low generation:24.
- * A lease's cell has a sequence number, never 0, in place of the generation. */
-#define SH_CELL(word, low) ((uint64_t)(word) << 24 | ((low) & 0xffffffu))
-#define SH_CELL_WORD(cell) ((cell) >> 24)
-#define SH_CELL_LOW(cell)  ((uint32_t)((cell) & 0xffffffu))
+/* A cell that holds a block: word number:40 (offset of the block word / 8), lease:1, and 23 bits of
+ * the generation, or of the lease's number. Never 0. The one bit keeps a late taker of a lease off
+ * the pin that came to lie where the lease was. */
+#define SH_CELL_LOW_MASK            0x7fffffu
+#define SH_PIN_CELL(word, gen)      ((uint64_t)(word) << 24 | ((gen) & SH_CELL_LOW_MASK))
+#define SH_LEASE_CELL(word, number) (SH_PIN_CELL(word, number) | 1u << 23)
+#define SH_CELL_WORD(cell)          ((cell) >> 24)
+#define SH_CELL_LOW(cell)           ((uint32_t)((cell) & SH_CELL_LOW_MASK))
 
 struct sh_lease {
     _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */

@@ -22,7 +22,7 @@ static uint32_t epoch_of(uint32_t phase)
 static enum sh_status set_phase(struct sh_ctx *c, uint32_t phase, uint32_t epoch)
 {
     uint32_t value = phase | epoch << 8;
-    enum sh_status status = sh_registry(c, 10000);
+    enum sh_status status = sh_registry(c, c->patience_ms);
     if (status != SH_OK)
         return status;
     atomic_store_explicit(&c->hdr->phase, value, REL);
@@ -230,14 +230,15 @@ static enum sh_status judge_suspects(struct sh_ctx *c, struct sweep *s)
     for (uint32_t i = 0; status == SH_OK && i < s->nsuspects; i++) {
         uint64_t span = s->span[i];
         uint32_t page = s->page[i];
-        if (atomic_load(sh_words(c, page, SH_LARGE_TIER)) != s->word[i] ||
+        if (sh_span(c, page) != span || /* before the word: it was written before the span */
+            atomic_load(sh_words(c, page, SH_LARGE_TIER)) != s->word[i] ||
             !atomic_compare_exchange_strong(
                 &sh_page(c, page)->span, &span,
                 SH_SPAN(SH_RELEASING, 0, c->owner, SH_SPAN_NPAGES(span))))
             continue;
         uint64_t mark = atomic_load(&sh_page(c, page)->mark);
         atomic_store(&sh_page(c, page)->mark, (mark & SH_PAGE_TIERS) | SH_GEN(s->word[i]));
-        status = sh_pages_give(c, &page, 1, 10000);
+        status = sh_pages_give(c, &page, 1, c->patience_ms);
     }
     return status;
 }
@@ -263,7 +264,7 @@ static enum sh_status end_span(struct sh_ctx *c, uint32_t page, uint64_t span)
         else
             sh_let_small(c, page, span);
     }
-    return given ? sh_pages_give(c, &page, 1, 10000) : SH_OK;
+    return given ? sh_pages_give(c, &page, 1, c->patience_ms) : SH_OK;
 }
 
 static bool cells_are_clear(struct sh_ctx *c, uint32_t page, uint64_t span)
@@ -284,7 +285,7 @@ static enum sh_status end_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
         return SH_OK;
     bool given = cells_are_clear(c, page, span) && sh_span_give_up(c, page, span, SH_RELEASING);
     sh_let_owner(c, span);
-    return given ? sh_pages_give(c, &page, 1, 10000) : SH_OK;
+    return given ? sh_pages_give(c, &page, 1, c->patience_ms) : SH_OK;
 }
 
 static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span, struct sweep *s)

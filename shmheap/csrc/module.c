@@ -794,13 +794,14 @@ static PyObject *heap_adopt(Heap *self, PyObject *args)
 
 static PyObject *heap_drop_lease(Heap *self, PyObject *args)
 {
-    unsigned long long off, cell;
+    unsigned long long off, gen, cell;
     unsigned int seq;
     enum sh_status s;
-    if (!PyArg_ParseTuple(args, "KKI:_drop_lease", &off, &cell, &seq) || !box_usable(self->box))
+    if (!PyArg_ParseTuple(args, "KKKI:_drop_lease", &off, &gen, &cell, &seq) ||
+        !box_usable(self->box))
         return NULL;
     struct box *b = self->box;
-    WAITING(b, s, sh_lease_drop(&b->ctx, off, cell, seq, SLICE_MS));
+    WAITING(b, s, sh_lease_drop(&b->ctx, off, gen, cell, seq, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     return PyErr_Occurred() ? NULL : PyBool_FromLong(s == SH_OK);

@@ -132,7 +132,7 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
     SH_CRASH("root:entered");
     if (!sh_count_up(ref->word, ref->gen, atomic_load_explicit(&c->slot->phase, RLX)))
         return SH_STALE;
-    replace_cell(c, root_at(c, entry), SH_CELL(sh_word_number(c, ref->word), ref->gen));
+    replace_cell(c, root_at(c, entry), SH_PIN_CELL(sh_word_number(c, ref->word), ref->gen));
     return SH_OK;
 }
 

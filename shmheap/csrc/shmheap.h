@@ -95,6 +95,7 @@ struct sh_ctx {
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
+    int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation */
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
@@ -147,8 +148,8 @@ enum sh_status sh_flush(struct sh_ctx *, int wait_ms);
 enum sh_status sh_repin(struct sh_ctx *, const struct sh_ref *, int wait_ms, struct sh_ref *);
 enum sh_status sh_lease_make(struct sh_ctx *, const struct sh_ref *, int wait_ms,
                              uint64_t *cell_off, uint32_t *seq);
-enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t cell_off, uint32_t seq,
-                             int wait_ms);
+enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
+                             uint32_t seq, int wait_ms);
 enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
                         uint32_t seq, int wait_ms, struct sh_ref *);
 void sh_waiting(struct sh_ctx *, bool begins);

@@ -77,6 +77,7 @@ static enum sh_status try_slot(struct sh_ctx *c, uint32_t slot, bool inherited, 
     c->alive = held;
     c->slot_index = slot;
     c->owner = SH_OWNER(slot, atomic_load(&sh_slot(c, slot)->incarnation));
+    c->lease_seq = (uint32_t)sh_os_now_ns(); /* not again the numbers of who was here before */
     c->slot = sh_slot(c, slot);
     return SH_OK;
 }

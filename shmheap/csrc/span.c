@@ -549,8 +549,10 @@ static void number_pins(struct sh_ctx *c, struct sh_pspan *s)
     c->pin_spans[s->number = i] = s;
 }
 
-/* Publishes a span: until here it was RESERVED, from here on it is SMALL, PINS or LEASES. */
-static enum sh_status publish(struct sh_ctx *c, struct sh_pspan *s, uint64_t span, int wait_ms)
+/* A span of ours comes into use: one that we cut, RESERVED until here, or an orphan that we took.
+ * SH_BUSY: the coordinator found the orphan empty before we did, and it is gone. */
+static enum sh_status publish(struct sh_ctx *c, struct sh_pspan *s, uint64_t from, uint64_t span,
+                              int wait_ms)
 {
     enum sh_status status;
     while ((status = sh_enter(c, wait_ms ? wait_ms : 1000)) == SH_BUSY) {
@@ -558,6 +560,11 @@ static enum sh_status publish(struct sh_ctx *c, struct sh_pspan *s, uint64_t spa
     if (status != SH_OK) {
         free(s); /* the span is ours by its record, and found when we end */
         return status;
+    }
+    if (sh_span(c, s->page) != from) {
+        sh_leave(c);
+        free(s);
+        return SH_BUSY;
     }
     if (s->kind == SH_KIND_PINS)
         number_pins(c, s);
@@ -590,9 +597,10 @@ static enum sh_status cut(struct sh_ctx *c, uint32_t kind, int wait_ms)
         c->ring = true; /* whoever finds the coordinator dead starts a successor (I-9) */
     uint32_t page = s->page;
     status = prepare(c, s);
+    uint64_t reserved = SH_SPAN(SH_RESERVED, 0, c->owner, k->npages);
     uint64_t span = SH_SPAN(state_of_kind(kind), kind, c->owner, k->npages);
     if (status == SH_OK)
-        return publish(c, s, span, wait_ms ? wait_ms : 60000);
+        return publish(c, s, reserved, span, wait_ms ? wait_ms : 60000);
     free(s);
     sh_pages_give(c, &page, 1, 60000);
     return status;
@@ -642,7 +650,8 @@ enum sh_status sh_refill(struct sh_ctx *c, uint32_t kind, int wait_ms)
             struct sh_pspan *s = sh_pspan_new(c, page, kind);
             if (s == NULL)
                 return SH_NOMEM; /* the span is ours by its record and found when we end */
-            status = publish(c, s, span, wait_ms ? wait_ms : 60000);
+            SH_CRASH("adopt:taken");
+            status = publish(c, s, span, span, wait_ms ? wait_ms : 60000);
             if (status != SH_BUSY)
                 return status;
         }

@@ -150,7 +150,7 @@ static void post(struct user *u, struct sh_ref *r)
             drop(u, &lost);
     }
     if (status == SH_OK && leased && (l == NULL || rng_below(&u->rng, 4) == 0)) {
-        status = sh_lease_drop(u->c, h.off, h.cell, h.seq, 10000); /* too late, perhaps */
+        status = sh_lease_drop(u->c, h.off, h.gen, h.cell, h.seq, 10000); /* too late, perhaps */
         CHECK(status == SH_OK || status == SH_DEFERRED || status == SH_STALE);
     }
     flush(u->c);

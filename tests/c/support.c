@@ -262,13 +262,37 @@ enum sh_status handle_open(struct sh_ctx *c, const struct handle *h, struct sh_r
     return status;
 }
 
-/* Death */
+/* Death, and what others do at a moment */
 
 const char *die_at;
 uint32_t die_in;
+static const char *moment;
+static void (*act_then)(void *);
+static void *act_with;
+
+void at_moment(const char *point, void (*act)(void *), void *arg)
+{
+    moment = point;
+    act_then = act;
+    act_with = arg;
+}
+
+bool moment_waits(void)
+{
+    return moment != NULL;
+}
+
+static void moment_passes(const char *name)
+{
+    if (moment == NULL || strcmp(moment, name) != 0)
+        return;
+    moment = NULL; /* once, and not again by what is done now */
+    act_then(act_with);
+}
 
 void sh_crash_point(const char *name)
 {
+    moment_passes(name);
     if (die_at != NULL && strcmp(die_at, name) == 0 && --die_in == 0)
         kill(getpid(), SIGKILL);
 }

@@ -77,6 +77,11 @@ extern uint32_t die_in;
 void die_when(const char *point, uint32_t n);
 bool child_survives(void (*run)(void *), void *arg, const char *point, uint32_t n);
 
+/* What somebody else does when the next operation passes a crash point. */
+void at_moment(const char *point, void (*act)(void *), void *arg);
+#define MOMENT_CAME(point) CHECK(!moment_waits() && "nobody passed " point)
+bool moment_waits(void);
+
 /* The second opinion, at a quiet moment */
 enum {
     EXACT_COUNTS = 1

@@ -187,7 +187,7 @@ static void test_leases(void)
     must_be_sound(&s->a, EXACT_COUNTS);
     CHECK_OK(handle_open(&s->a, &h, &again)); /* the lease is gone, the block lives */
     CHECK(again.nbytes == 1000);
-    CHECK_IS(sh_lease_drop(&s->a, h.off, h.cell, h.seq, 1000), SH_STALE);
+    CHECK_IS(sh_lease_drop(&s->a, h.off, h.gen, h.cell, h.seq, 1000), SH_STALE);
     block_drop(&s->b, &got);
     block_drop(&s->a, &again);
     CHECK_IS(handle_open(&s->a, &h, &again), SH_STALE);
@@ -210,8 +210,9 @@ static void test_many_leases(void)
         must_be_sound(&s->a, EXACT_COUNTS);
         for (uint32_t i = 0; i < N; i++) {
             if (i % 2) {
-                CHECK_OK(sh_lease_drop(&s->a, h[i].off, h[i].cell, h[i].seq, 1000));
-                CHECK_IS(sh_lease_drop(&s->a, h[i].off, h[i].cell, h[i].seq, 1000), SH_STALE);
+                CHECK_OK(sh_lease_drop(&s->a, h[i].off, h[i].gen, h[i].cell, h[i].seq, 1000));
+                CHECK_IS(sh_lease_drop(&s->a, h[i].off, h[i].gen, h[i].cell, h[i].seq, 1000),
+                         SH_STALE);
             } else {
                 CHECK_OK(handle_open(&s->b, &h[i], &got));
                 block_drop(&s->b, &got);
@@ -445,6 +446,59 @@ static void test_orphans(void)
         block_drop(&s->a, &again[i]);
     must_be_sound(&s->a, EXACT_COUNTS);
     free(again);
+    stage_end(s);
+}
+
+static void collect_now(void *lead)
+{
+    collect(lead);
+}
+
+/* A process takes an orphan that is empty; before it can lock the coordinator out, that one gives
+ * it back to the page heap. */
+static void test_orphan_taken_by_two(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->b, 200), other, kept = block_new(&s->a, 8);
+    struct handle lease = handle_lease(&s->b, &r);
+    arena_die(&s->b);
+    reap_dead(&s->lead, 0); /* the lease has time left, so the span is an orphan */
+    CHECK_OK(handle_open(&s->a, &lease, &r));
+    block_drop(&s->a, &r);
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] != SH_NIL);
+    at_moment("adopt:taken", collect_now, &s->lead);
+    r = block_new(&s->a, 200);
+    MOMENT_CAME("adopt:taken");
+    must_be_sound(&s->a, EXACT_COUNTS);
+    other = block_new(&s->a, 3000);
+    CHECK(r.page != other.page);
+    block_drop(&s->a, &other);
+    block_drop(&s->a, &r);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* Only what nobody can still be looking at is punched: the coordinator takes each process's lock
+ * once between claiming and punching, and leaves it if one does not come out of its operation. */
+static void test_handshake_before_punching(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1 << 20);
+    uint64_t bytes, runs, committed;
+    bool more;
+    memset(r.data, 7, r.nbytes);
+    block_drop(&s->a, &r);
+    committed = atomic_load(&s->a.hdr->committed_units);
+    atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &bytes, &runs, &more), SH_BUSY);
+    CHECK(bytes == 0 && all_are(&r, 7));
+    CHECK(atomic_load(&s->a.hdr->committed_units) == committed);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    kernel_must_agree(&s->lead);
+    atomic_store(&s->b.slot->lock, 0);
+    CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &bytes, &runs, &more));
+    CHECK(bytes >= 1 << 20); /* and reading it would bring it back */
     stage_end(s);
 }
 
@@ -845,6 +899,8 @@ int main(void)
         {"remote_free_of_classes_64_apart", test_remote_free_of_classes_64_apart},
         {"empty_spans_go_back", test_empty_spans_go_back},
         {"orphans", test_orphans},
+        {"orphan_taken_by_two", test_orphan_taken_by_two},
+        {"handshake_before_punching", test_handshake_before_punching},
         {"dead_in_an_operation", test_dead_in_an_operation},
         {"holes", test_holes},
         {"holes_of_every_class", test_holes_of_every_class},

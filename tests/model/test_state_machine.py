@@ -227,8 +227,7 @@ class Machine(RuleBasedStateMachine):
         self._drop_lease(self.messages.pop(pick % len(self.messages)))
 
     def _drop_lease(self, message: Message) -> None:
-        place, _, cell, number = message.handle[2:]
-        assert self.hand.heap._drop_lease(place, cell, number) == message.leased
+        assert self.hand.heap._drop_lease(*message.handle[2:]) == message.leased
 
     # Users and coordinator
 

@@ -221,7 +221,7 @@ def test_handles_of_random_numbers_find_nothing(hand: HeapByHand) -> None:
         for off, gen, cell in random.integers(0, 1 << shift, (2000, 3), dtype="u8").tolist():
             with contextlib.suppress(StaleHandle):
                 found.append(hand.heap._adopt(off, gen % 4, cell, cell & 0xFFFFFF))
-            hand.heap._drop_lease(off, cell, gen & 0xFFFFFF)
+            hand.heap._drop_lease(off, gen % 4, cell, gen & 0xFFFFFF)
     places = {block.offset for block in kept}
     assert {block.offset for block in found} <= places | {0, 8192}
     assert all(bytes(block) == bytes([n]) * (n * 37 + 1) for n, block in enumerate(kept))
