@@ -175,9 +175,9 @@ class Steward(Protocol):
 
     # Scavenging
 
-    def release(self, stamp_le: int, max_bytes: int, /) -> tuple[int, int, bool]:
+    def release(self, stamp_le: int, max_bytes: int, page: int, /) -> tuple[int, int, int]:
         """Give back runs of idle units with stamps in 1..stamp_le, about max_bytes of them.
 
-        `pacing.EVERYTHING` takes units without a stamp, too. Returns bytes, runs, and whether there
-        is more: False if it found none.
+        `pacing.EVERYTHING` takes units without a stamp, too. The walk begins at `page`. Returns
+        bytes, runs, and the page at which to go on: 0 at the end of the walk.
         """

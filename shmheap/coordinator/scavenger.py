@@ -45,13 +45,14 @@ def scavenge(
         goal_bytes: when to stop. What the heap held at the start bounds the walk.
     """
     started_ns = clock.monotonic_ns()
-    released_bytes = runs = 0
-    more = stamp_le >= 1
-    while more and released_bytes < goal_bytes:
+    released_bytes = runs = page = 0
+    while stamp_le >= 1 and released_bytes < goal_bytes:
         batch = min(BATCH_BYTES, goal_bytes - released_bytes)
-        nbytes, nruns, more = steward.release(stamp_le, batch)
+        nbytes, nruns, page = steward.release(stamp_le, batch, page)
         released_bytes += nbytes
         runs += nruns
+        if page == 0:
+            break
     return ScavengeReport(
         released_bytes=released_bytes,
         runs=runs,

@@ -46,20 +46,40 @@ enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
     return SH_OK;
 }
 
-uint64_t sh_heap_alloc(const struct sh_ctx *c)
+/* The statistics of all processes that are and were. */
+struct sh_sums sh_sum(const struct sh_ctx *c)
 {
-    uint64_t n = atomic_load(&c->hdr->past_alloc_bytes) - atomic_load(&c->hdr->past_freed_bytes);
-    for (uint32_t i = 0; i < slots_used(c); i++)
-        n += atomic_load(&sh_slot(c, i)->alloc_bytes) - atomic_load(&sh_slot(c, i)->freed_bytes);
-    return (int64_t)n < 0 ? 0 : n;
+    const struct sh_header *h = c->hdr;
+    struct sh_sums sum = {.mallocs = atomic_load(&h->past_mallocs),
+                          .frees = atomic_load(&h->past_frees),
+                          .alloc_bytes = atomic_load(&h->past_alloc_bytes),
+                          .freed_bytes = atomic_load(&h->past_freed_bytes)};
+    for (uint32_t i = 0; i < slots_used(c); i++) {
+        struct sh_slot *s = sh_slot(c, i);
+        sum.mallocs += atomic_load(&s->mallocs);
+        sum.frees += atomic_load(&s->frees);
+        sum.alloc_bytes += atomic_load(&s->alloc_bytes);
+        sum.freed_bytes += atomic_load(&s->freed_bytes);
+        sum.pins += atomic_load(&s->pins);
+        sum.leases += atomic_load(&s->leases);
+        sum.processes += i != 0 && atomic_load(&s->state) == SH_SLOT_LIVE;
+    }
+    return sum;
 }
 
-uint64_t sh_heap_objects(const struct sh_ctx *c)
+static uint64_t positive(uint64_t difference)
 {
-    uint64_t n = atomic_load(&c->hdr->past_mallocs) - atomic_load(&c->hdr->past_frees);
-    for (uint32_t i = 0; i < slots_used(c); i++)
-        n += atomic_load(&sh_slot(c, i)->mallocs) - atomic_load(&sh_slot(c, i)->frees);
-    return (int64_t)n < 0 ? 0 : n;
+    return (int64_t)difference < 0 ? 0 : difference;
+}
+
+uint64_t sh_heap_alloc(const struct sh_sums *sum)
+{
+    return positive(sum->alloc_bytes - sum->freed_bytes);
+}
+
+uint64_t sh_heap_objects(const struct sh_sums *sum)
+{
+    return positive(sum->mallocs - sum->frees);
 }
 
 /* Gives back the runs that were put aside so far. */
@@ -237,7 +257,7 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     uint64_t span;
     enum sh_status status;
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
-    c->recount = true;
+    c->recount_blocks = c->recount_units = true;
     atomic_store(&c->hdr->borrowed_pages, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         status = finish_predecessor(c, page, span);
@@ -385,7 +405,7 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
         return SH_OK;
     uint64_t owner = SH_OWNER(slot, atomic_load(&s->incarnation));
     r->done = true;
-    c->recount = true;
+    c->recount_blocks = c->recount_units = true;
     if (atomic_load(&s->ended_ns) == 0)
         atomic_store(&s->ended_ns, sh_os_now_ns());
     enum sh_status status = set_state(c, s, SH_SLOT_DEAD);
@@ -633,18 +653,23 @@ static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t 
     return false;
 }
 
-/* Puts committed_units right if nothing moved while the walk counted. */
-static void recount_units(struct sh_ctx *c, uint64_t before)
+/* After a death between the budget and a unit's word, puts committed right if nothing moved while
+ * the walk counted. Budget and word change together under a process lock, so after the handshake
+ * whatever `before` counts is in the words. */
+static void recount_units(struct sh_ctx *c)
 {
     uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift),
-             n = 0;
+             before = atomic_load(&c->hdr->committed), n = 0;
+    if (!c->recount_units || sh_handshake(c, -1) != SH_OK)
+        return;
     for (uint64_t unit = 0; unit < used; unit++) {
         uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));
         if (state == SH_UNIT_RESERVED || state == SH_UNIT_RELEASING)
             return;
         n += state == SH_UNIT_COMMITTED;
     }
-    atomic_compare_exchange_strong(&c->hdr->committed_units, &before, n);
+    if (atomic_compare_exchange_strong(&c->hdr->committed, &before, sh_committed_now(before, n)))
+        c->recount_units = false;
 }
 
 /* Gives every idle unit that has no stamp this one. *units: how many. */
@@ -671,7 +696,7 @@ enum sh_status sh_stamp(struct sh_ctx *c, uint32_t stamp, uint64_t *units)
     }
     if (status == SH_ABSENT)
         status = stamp_batch(c, &b, stamp, units);
-    recount_units(c, atomic_load(&c->hdr->committed_units));
+    recount_units(c);
     return status;
 }
 
@@ -794,11 +819,12 @@ static enum sh_status claim_batch(struct sh_ctx *c, struct batch *b, uint32_t st
 #define RUNS_AT_ONCE 4096u
 
 /* Gives back units that are idle since a stamp in 1..stamp_le (SH_STAMP_MAX: every idle one), about
- * max_bytes a call. *more: the walk is not at its end. */
-enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_bytes, uint64_t *bytes,
-                          uint64_t *runs, bool *more)
+ * max_bytes a call. *from: the page at which to begin; then that at which the next call goes on, 0
+ * at the end of the walk. */
+enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_bytes, uint32_t *from,
+                          uint64_t *bytes, uint64_t *runs)
 {
-    struct sh_walk walk = {.next = c->release_next};
+    struct sh_walk walk = {.next = *from};
     struct batch b = {.n = 0};
     struct punches p = {0};
     uint32_t page = 0;
@@ -827,7 +853,7 @@ enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_byte
         if (status != SH_OK || *bytes >= max_bytes)
             break;
     }
-    *more = status == SH_OK;
+    *from = status == SH_OK ? page + 1 : 0;
     if (status == SH_ABSENT) {
         status = claim_batch(c, &b, stamp_le, &p);
         if (status == SH_OK)
@@ -837,7 +863,6 @@ enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_byte
         unclaim(c, &p);
         give_batch(c, &b);
     }
-    c->release_next = *more ? page + 1 : 0;
     free(p.run);
     return status;
 }

@@ -196,6 +196,14 @@ enum sh_status sh_pages_commit(struct sh_ctx *, uint32_t page, uint32_t npages);
 enum sh_status sh_pages_rebuild(struct sh_ctx *);
 uint64_t sh_units_released(const struct sh_ctx *, uint64_t unit, uint64_t n);
 bool sh_budget(struct sh_ctx *, uint64_t units);
+static inline uint64_t sh_committed_units(const struct sh_ctx *c)
+{
+    return atomic_load_explicit(&c->hdr->committed, RLX) & SH_COMMITTED_MASK;
+}
+static inline uint64_t sh_committed_now(uint64_t before, uint64_t units)
+{
+    return (before & ~SH_COMMITTED_MASK) + SH_COMMITTED_MASK + 1 + units;
+}
 void sh_unbudget(struct sh_ctx *, uint64_t units);
 void sh_set_units(struct sh_ctx *, uint64_t unit, uint64_t n, uint32_t value);
 enum sh_status sh_status_of_errno(int error);
@@ -265,8 +273,12 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
 enum sh_status sh_give_all(struct sh_ctx *);
-uint64_t sh_heap_alloc(const struct sh_ctx *); /* bytes in live blocks, from the counters */
-uint64_t sh_heap_objects(const struct sh_ctx *);
+struct sh_sums {
+    uint64_t mallocs, frees, alloc_bytes, freed_bytes, pins, leases, processes;
+};
+struct sh_sums sh_sum(const struct sh_ctx *);
+uint64_t sh_heap_alloc(const struct sh_sums *);   /* bytes in live blocks */
+uint64_t sh_heap_objects(const struct sh_sums *); /* live blocks */
 bool sh_hold_small(struct sh_ctx *, uint32_t page, uint64_t *span);
 void sh_let_small(struct sh_ctx *, uint32_t page, uint64_t span);
 void sh_let_owner(struct sh_ctx *, uint64_t span);

@@ -232,6 +232,8 @@ enum {
 
 #define SH_PAUSES 256u
 
+#define SH_COMMITTED_MASK ((1ull << 40) - 1)
+
 struct sh_header {
     /* Identity; W: creation */
     char magic[8];
@@ -269,9 +271,10 @@ struct sh_header {
     _Alignas(
         SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
 
-    /* Units RESERVED, COMMITTED or RELEASING: what the kernel holds of the data area. A hint, put
-     * right by the stamping walk. */
-    _Alignas(SH_LINE) _Atomic uint64_t committed_units;
+    /* units:40, and above them how often they changed. Units RESERVED, COMMITTED or RELEASING: what
+     * the kernel holds of the data area. A death may leave it too high until the next collection.
+     * W: whoever moves a unit to or from RELEASED, under its process lock, or the coordinator. */
+    _Alignas(SH_LINE) _Atomic uint64_t committed;
     /* Pages of idle runs that the coordinator has out of the page heap at this moment, to stamp or
      * release them; W: coordinator. inuse_pages counts them, heap_inuse does not. */
     _Atomic uint64_t borrowed_pages;

@@ -195,7 +195,8 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
     struct sh_ref r;
     uint64_t w = atomic_load_explicit(word, ACQ);
     bool live = SH_BSTATE(w) == SH_BLOCK_LIVE;
-    if (!live || (!is_garbage(s, w) && !c->recount) || !sh_locate(c, sh_word_number(c, word), &r))
+    if (!live || (!is_garbage(s, w) && !c->recount_blocks) ||
+        !sh_locate(c, sh_word_number(c, word), &r))
         return;
     r.gen = SH_GEN(w);
     r.nbytes = sh_block_bytes(c, &r, w);
@@ -309,15 +310,19 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
     return SH_OK;
 }
 
-/* Deaths between a block and its counter leave the counters wrong: put them right if nothing moved.
- */
-static void recount_blocks(struct sh_ctx *c, const struct sweep *s, uint64_t bytes, uint64_t blocks)
+/* Deaths between a block and its counter leave the counters wrong: put them right if nothing but
+ * this sweep moved. A block and its counter change under a process lock, so after the handshake
+ * what the walk saw is counted. */
+static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct sh_sums *before)
 {
-    if (sh_heap_alloc(c) != bytes - s->bytes || sh_heap_objects(c) != blocks - s->blocks)
+    if (sh_handshake(c, -1) != SH_OK)
         return;
-    sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (bytes - s->bytes));
-    sh_add(&c->hdr->past_mallocs, s->live_blocks - (blocks - s->blocks));
-    c->recount = false;
+    struct sh_sums now = sh_sum(c);
+    if (now.mallocs != before->mallocs || now.frees != before->frees + s->blocks)
+        return;
+    sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (now.alloc_bytes - now.freed_bytes));
+    sh_add(&c->hdr->past_mallocs, s->live_blocks - (now.mallocs - now.frees));
+    c->recount_blocks = false;
 }
 
 /* Frees every block that is neither marked nor touched, gives back empty spans and what deaths
@@ -327,7 +332,8 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
     struct sweep *s = calloc(1, sizeof *s);
     struct sh_walk walk = {0};
     uint32_t page;
-    uint64_t span, alloc = sh_heap_alloc(c), objects = sh_heap_objects(c);
+    uint64_t span;
+    struct sh_sums before = sh_sum(c);
     enum sh_status status;
     if (s == NULL)
         return SH_NOMEM;
@@ -342,8 +348,8 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
         status = judge_suspects(c, s);
     if (status == SH_OK)
         status = sh_give_all(c);
-    if (status == SH_OK && c->recount)
-        recount_blocks(c, s, alloc, objects);
+    if (status == SH_OK && c->recount_blocks)
+        recount_blocks(c, s, &before);
     *blocks = s->blocks;
     *bytes = s->bytes;
     if (s->blocks != 0)
@@ -356,7 +362,8 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
 enum sh_status sh_end_cycle(struct sh_ctx *c, uint64_t next_gc, bool forced, uint64_t pause_ns)
 {
     struct sh_header *h = c->hdr;
-    uint64_t alloc = sh_heap_alloc(c), room = next_gc > alloc ? next_gc - alloc : 0;
+    struct sh_sums sum = sh_sum(c);
+    uint64_t alloc = sh_heap_alloc(&sum), room = next_gc > alloc ? next_gc - alloc : 0;
     enum sh_status status = set_phase(c, SH_IDLE, epoch_of(atomic_load(&h->phase)));
     if (status != SH_OK)
         return status;

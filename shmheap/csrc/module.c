@@ -916,26 +916,6 @@ static int put_pauses(PyObject *dict, const struct sh_header *h)
     return rc;
 }
 
-struct sums {
-    uint64_t mallocs, frees, pins, leases, processes;
-};
-
-static struct sums sum_slots(const struct sh_ctx *c)
-{
-    struct sums s = {.mallocs = atomic_load(&c->hdr->past_mallocs),
-                     .frees = atomic_load(&c->hdr->past_frees)};
-    uint32_t used = atomic_load(&c->hdr->slots_used);
-    for (uint32_t i = 0; i < used && i < SH_MAX_SLOTS; i++) {
-        struct sh_slot *slot = sh_slot(c, i);
-        s.mallocs += atomic_load(&slot->mallocs);
-        s.frees += atomic_load(&slot->frees);
-        s.pins += atomic_load(&slot->pins);
-        s.leases += atomic_load(&slot->leases);
-        s.processes += i != 0 && atomic_load(&slot->state) == SH_SLOT_LIVE;
-    }
-    return s;
-}
-
 static double lease_age_s(const struct sh_ctx *c, uint64_t leases)
 {
     uint64_t oldest = atomic_load(&c->hdr->oldest_lease_ns);
@@ -945,12 +925,12 @@ static double lease_age_s(const struct sh_ctx *c, uint64_t leases)
 static PyObject *stats_of(const struct sh_ctx *c)
 {
     const struct sh_header *h = c->hdr;
-    struct sums sum = sum_slots(c);
+    struct sh_sums sum = sh_sum(c);
     struct stat st;
     uint64_t sys = atomic_load(&h->used_pages) << c->geo.page_shift;
     uint64_t borrowed = atomic_load(&h->borrowed_pages), pages = atomic_load(&h->inuse_pages);
     uint64_t inuse = (pages > borrowed ? pages - borrowed : 0) << c->geo.page_shift;
-    uint64_t committed = atomic_load(&h->committed_units) << c->geo.unit_shift;
+    uint64_t committed = sh_committed_units(c) << c->geo.unit_shift;
     bool ours = sh_os_fd_is_ours(c) && fstat(c->fd, &st) == 0;
     uint64_t held = ours ? (uint64_t)st.st_blocks * 512 : committed;
     committed = committed < sys ? committed : sys;
@@ -963,8 +943,8 @@ static PyObject *stats_of(const struct sh_ctx *c)
         {"heap_idle", sys - inuse},
         {"heap_inuse", inuse},
         {"heap_released", sys - committed},
-        {"heap_objects", sh_heap_objects(c)},
-        {"heap_alloc", sh_heap_alloc(c)},
+        {"heap_objects", sh_heap_objects(&sum)},
+        {"heap_alloc", sh_heap_alloc(&sum)},
         {"mallocs", sum.mallocs},
         {"frees", sum.frees},
         {"next_gc", atomic_load(&h->next_gc)},
@@ -1545,13 +1525,12 @@ static PyObject *steward_release(Heap *self, PyObject *args)
 {
     unsigned int stamp_le;
     unsigned long long max_bytes;
+    uint32_t page;
     uint64_t bytes, runs;
-    bool more;
-    if (!steward_open(self) || !PyArg_ParseTuple(args, "IK:release", &stamp_le, &max_bytes))
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "IKI:release", &stamp_le, &max_bytes, &page))
         return NULL;
-    STEWARD(s, sh_release(c, stamp_le, max_bytes, &bytes, &runs, &more));
-    return Py_BuildValue("(KKN)", (unsigned long long)bytes, (unsigned long long)runs,
-                         PyBool_FromLong(more));
+    STEWARD(s, sh_release(c, stamp_le, max_bytes, &page, &bytes, &runs));
+    return Py_BuildValue("(KKI)", (unsigned long long)bytes, (unsigned long long)runs, page);
 }
 
 static PyObject *steward_stats(Heap *self, PyObject *unused)

@@ -423,18 +423,27 @@ enum sh_status sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n
 
 /* Committing */
 
+/* Never over the limit, not for a moment: whoever is refused takes nothing from anybody else. */
 bool sh_budget(struct sh_ctx *c, uint64_t units)
 {
-    uint64_t now = sh_add(&c->hdr->committed_units, units) + units;
-    if (now <= atomic_load_explicit(&c->hdr->limit_units, RLX))
-        return true;
-    sh_unbudget(c, units);
-    return false;
+    uint64_t limit = atomic_load_explicit(&c->hdr->limit_units, RLX);
+    uint64_t was = atomic_load_explicit(&c->hdr->committed, RLX), now;
+    do {
+        now = (was & SH_COMMITTED_MASK) + units;
+        if (now > limit)
+            return false;
+    } while (!atomic_compare_exchange_weak_explicit(&c->hdr->committed, &was,
+                                                    sh_committed_now(was, now), RLX, RLX));
+    return true;
 }
 
 void sh_unbudget(struct sh_ctx *c, uint64_t units)
 {
-    atomic_fetch_sub_explicit(&c->hdr->committed_units, units, RLX);
+    uint64_t was = atomic_load_explicit(&c->hdr->committed, RLX);
+    while (!atomic_compare_exchange_weak_explicit(
+        &c->hdr->committed, &was, sh_committed_now(was, (was & SH_COMMITTED_MASK) - units), RLX,
+        RLX)) {
+    }
 }
 
 void sh_set_units(struct sh_ctx *c, uint64_t unit, uint64_t n, uint32_t value)
@@ -443,18 +452,40 @@ void sh_set_units(struct sh_ctx *c, uint64_t unit, uint64_t n, uint32_t value)
         atomic_store_explicit(sh_unit(c, unit + i), value, REL);
 }
 
+/* Budget and words together, so that the recount sees both or neither. */
+static enum sh_status reserve_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
+{
+    enum sh_status status = sh_enter(c, 1000);
+    if (status != SH_OK)
+        return status;
+    status = sh_budget(c, n) ? SH_OK : SH_LIMIT;
+    SH_CRASH("commit:budgeted");
+    if (status == SH_OK)
+        sh_set_units(c, unit, n, SH_UNIT_RESERVED);
+    sh_leave(c);
+    return status;
+}
+
+static void unreserve_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
+{
+    while (sh_enter(c, 1000) == SH_BUSY) {
+    } /* the units are ours: nothing is left half done */
+    sh_set_units(c, unit, n, SH_UNIT_RELEASED);
+    sh_unbudget(c, n);
+    sh_leave(c);
+}
+
 static enum sh_status commit_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
 {
-    if (!sh_budget(c, n))
-        return SH_LIMIT;
+    enum sh_status status = reserve_units(c, unit, n);
+    if (status != SH_OK)
+        return status;
     if (!sh_alive(c, 0))
         c->ring = true; /* whoever finds the coordinator dead starts a successor (I-9) */
-    sh_set_units(c, unit, n, SH_UNIT_RESERVED);
     int error = sh_os_commit(c, c->geo.data + (unit << c->geo.unit_shift), n << c->geo.unit_shift);
     if (error != 0) { /* what was committed before the error goes back */
         sh_os_unused(c, c->geo.data + (unit << c->geo.unit_shift), n << c->geo.unit_shift);
-        sh_set_units(c, unit, n, SH_UNIT_RELEASED);
-        sh_unbudget(c, n);
+        unreserve_units(c, unit, n);
         return sh_status_of_errno(error);
     }
     sh_set_units(c, unit, n, SH_UNIT_COMMITTED);

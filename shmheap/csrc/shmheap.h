@@ -99,9 +99,8 @@ struct sh_ctx {
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
-    bool recount;          /* coordinator: somebody died since the counters were last put right */
-    uint32_t release_next; /* coordinator: page at which the release walk goes on */
-    uint64_t longest_ns;   /* longest hold of a process lock by the coordinator since reset */
+    bool recount_blocks, recount_units; /* coordinator: somebody died since they were put right */
+    uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;                  /* SH_UNTRUSTED: what is wrong */
     struct sh_ctx *child;             /* between the hooks of a fork */
@@ -178,8 +177,8 @@ enum sh_status sh_try_close(struct sh_ctx *, bool *closed);
 uint32_t sh_refuse_waiters(struct sh_ctx *);
 uint32_t sh_now_stamp(const struct sh_ctx *);
 enum sh_status sh_stamp(struct sh_ctx *, uint32_t stamp, uint64_t *units);
-enum sh_status sh_release(struct sh_ctx *, uint32_t stamp_le, uint64_t max_bytes, uint64_t *bytes,
-                          uint64_t *runs, bool *more);
+enum sh_status sh_release(struct sh_ctx *, uint32_t stamp_le, uint64_t max_bytes, uint32_t *from,
+                          uint64_t *bytes, uint64_t *runs);
 
 /* mark.c: a collection */
 enum sh_status sh_start_cycle(struct sh_ctx *);

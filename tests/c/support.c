@@ -1,6 +1,8 @@
 /* See support.h. Nothing here trusts a list, a counter or a bitmap that it is to check. */
 #include "support.h"
 
+#include <pthread.h>
+
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -138,11 +140,11 @@ uint64_t collect(struct sh_ctx *lead)
 uint64_t release_all(struct sh_ctx *lead)
 {
     uint64_t bytes, runs, sum = 0;
-    bool more = true;
-    while (more) {
-        CHECK_OK(sh_release(lead, SH_STAMP_MAX, 4 << 20, &bytes, &runs, &more));
+    uint32_t page = 0;
+    do {
+        CHECK_OK(sh_release(lead, SH_STAMP_MAX, 4 << 20, &page, &bytes, &runs));
         sum += bytes;
-    }
+    } while (page != 0);
     return sum;
 }
 
@@ -282,12 +284,21 @@ bool moment_waits(void)
     return moment != NULL;
 }
 
+static void *act_in_thread(void *unused)
+{
+    (void)unused;
+    act_then(act_with);
+    return NULL;
+}
+
 static void moment_passes(const char *name)
 {
     if (moment == NULL || strcmp(moment, name) != 0)
         return;
-    moment = NULL; /* once, and not again by what is done now */
-    act_then(act_with);
+    moment = NULL;   /* once, and not again by what is done now */
+    pthread_t other; /* a thread, because the one who passes may hold locks */
+    CHECK(pthread_create(&other, NULL, act_in_thread, NULL) == 0);
+    CHECK(pthread_join(other, NULL) == 0);
 }
 
 void sh_crash_point(const char *name)
@@ -516,6 +527,13 @@ void test_say(void *arg, const char *invariant, const char *what)
     fprintf(stderr, "%s: sh_check: %s: %s\n", running, invariant, what);
 }
 
+void counters_must_be(struct sh_ctx *c, uint64_t blocks, uint64_t bytes)
+{
+    struct sh_sums sum = sh_sum(c);
+    CHECK(sh_heap_objects(&sum) == blocks);
+    CHECK(sh_heap_alloc(&sum) == bytes);
+}
+
 void must_be_sound(struct sh_ctx *c, uint32_t flags)
 {
     struct tally t = {0};
@@ -532,7 +550,7 @@ void must_be_sound(struct sh_ctx *c, uint32_t flags)
         check_list(c, c->hdr->orphans[kind], SH_SMALL, kind, &orphans);
     CHECK(orphans == t.orphans);
     if (flags & EXACT_COUNTS)
-        CHECK(t.committed == atomic_load(&c->hdr->committed_units));
+        CHECK(t.committed == sh_committed_units(c));
     check_counts(c, &t, flags);
     CHECK_OK(sh_check(c, test_say, &violations));
     CHECK(violations == 0);

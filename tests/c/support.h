@@ -89,6 +89,7 @@ enum {
 void must_be_sound(struct sh_ctx *, uint32_t flags);
 void test_say(void *violations, const char *invariant, const char *what); /* for sh_check */
 void must_be_empty(struct sh_ctx *);                                      /* no block lives */
+void counters_must_be(struct sh_ctx *, uint64_t blocks, uint64_t bytes);
 uint64_t live_blocks(struct sh_ctx *);
 void kernel_must_agree(struct sh_ctx *);
 

@@ -38,8 +38,8 @@ static void stage_end(struct stage *s)
     must_be_sound(&s->lead, EXACT_COUNTS);
     kernel_must_agree(&s->lead);
     CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
-    CHECK(atomic_load(&s->lead.hdr->committed_units) == 0);
-    CHECK(sh_heap_objects(&s->lead) == 0 && sh_heap_alloc(&s->lead) == 0);
+    CHECK(sh_committed_units(&s->lead) == 0);
+    counters_must_be(&s->lead, 0, 0);
     arena_leave(&s->lead);
     close(s->fd);
     free(s);
@@ -485,19 +485,19 @@ static void test_handshake_before_punching(void)
     struct stage *s = stage_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1 << 20);
     uint64_t bytes, runs, committed;
-    bool more;
+    uint32_t page = 0;
     memset(r.data, 7, r.nbytes);
     block_drop(&s->a, &r);
-    committed = atomic_load(&s->a.hdr->committed_units);
+    committed = sh_committed_units(&s->a);
     atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
     s->lead.patience_ms = 1;
-    CHECK_IS(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &bytes, &runs, &more), SH_BUSY);
+    CHECK_IS(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs), SH_BUSY);
     CHECK(bytes == 0 && all_are(&r, 7));
-    CHECK(atomic_load(&s->a.hdr->committed_units) == committed);
+    CHECK(sh_committed_units(&s->a) == committed);
     must_be_sound(&s->a, EXACT_COUNTS);
     kernel_must_agree(&s->lead);
     atomic_store(&s->b.slot->lock, 0);
-    CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &bytes, &runs, &more));
+    CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs));
     CHECK(bytes >= 1 << 20); /* and reading it would bring it back */
     stage_end(s);
 }
@@ -539,13 +539,13 @@ static void test_holes(void)
     for (uint32_t i = 0; i < N; i++)
         if (i % 64 != 0)
             block_drop(&s->a, &r[i]);
-    uint64_t before = atomic_load(&s->a.hdr->committed_units);
+    uint64_t before = sh_committed_units(&s->a);
     collect(&s->lead);
     must_be_sound(&s->a, EXACT_COUNTS);
     CHECK(release_all(&s->lead) > 0);
     must_be_sound(&s->a, EXACT_COUNTS);
     kernel_must_agree(&s->a);
-    uint64_t after = atomic_load(&s->a.hdr->committed_units);
+    uint64_t after = sh_committed_units(&s->a);
     CHECK(after <= N / 64 + 16 && after < before / 3);
     for (uint32_t i = 0; i < N; i++) { /* into the holes again */
         if (i % 64 == 0)
@@ -616,6 +616,33 @@ static uint32_t fill_up(struct sh_ctx *c, uint64_t nbytes, struct sh_ref *r, enu
     return n;
 }
 
+static void stamp_now(void *arg)
+{
+    struct stage *s = arg;
+    uint64_t units;
+    s->lead.recount_units = true;
+    s->lead.patience_ms = 1;
+    CHECK_OK(sh_stamp(&s->lead, 1, &units));
+    CHECK(s->lead.recount_units); /* not now: it would miss what is on its way */
+}
+
+/* While units are on the budget and not yet in their words, nobody puts the budget right. */
+static void test_recount_while_committing(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    uint64_t units;
+    at_moment("commit:budgeted", stamp_now, s);
+    struct sh_ref r = block_new(&s->a, 1 << 20);
+    MOMENT_CAME("commit:budgeted");
+    must_be_sound(&s->a, EXACT_COUNTS);
+    atomic_fetch_add(&s->a.hdr->committed, 100); /* as a death would leave it */
+    CHECK_OK(sh_stamp(&s->lead, 1, &units));
+    CHECK(!s->lead.recount_units);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 static void test_memory_limit(void)
 {
     static const uint32_t sizes[] = {100, 5000, 65536, 300000};
@@ -629,7 +656,7 @@ static void test_memory_limit(void)
         CHECK((n + 6) * (uint64_t)sizes[i] > LIMIT / 2);
         must_be_sound(&s->a, EXACT_COUNTS);
         kernel_must_agree(&s->a);
-        CHECK(atomic_load(&s->a.hdr->committed_units) << s->a.geo.unit_shift <= LIMIT);
+        CHECK(sh_committed_units(&s->a) << s->a.geo.unit_shift <= LIMIT);
         for (uint32_t j = 0; j < n; j++)
             block_drop(&s->a, &r[j]);
         collect(&s->lead);
@@ -871,14 +898,14 @@ static void test_succession(void)
             lose_pin(&s->a, &r[i]);
     }
     CHECK(collect(&s->lead) == 50);
-    CHECK(sh_heap_objects(&s->lead) == 50 && sh_heap_alloc(&s->lead) == 50000);
+    counters_must_be(&s->lead, 50, 50000);
     struct sh_ctx second;
     CHECK_OK(sh_map(&second, dup(s->fd), true));
     CHECK_IS(sh_attach_coordinator(&second, 1000), SH_CHANGED);
     sh_unmap(&second);
     arena_die(&s->lead);
     arena_lead(&s->lead, s->fd);
-    CHECK(sh_heap_objects(&s->lead) == 50 && sh_heap_alloc(&s->lead) == 50000);
+    counters_must_be(&s->lead, 50, 50000);
     for (uint32_t i = 0; i < 100; i += 2)
         block_drop(&s->a, &r[i]);
     stage_end(s);
@@ -904,6 +931,7 @@ int main(void)
         {"dead_in_an_operation", test_dead_in_an_operation},
         {"holes", test_holes},
         {"holes_of_every_class", test_holes_of_every_class},
+        {"recount_while_committing", test_recount_while_committing},
         {"memory_limit", test_memory_limit},
         {"capacity", test_capacity},
         {"saturated_count", test_saturated_count},

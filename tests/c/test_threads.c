@@ -17,6 +17,7 @@ struct play {
     struct mail mail;
     struct sh_ctx *shared; /* set: threads of one process share a context */
     uint64_t steps;
+    uint32_t page; /* where the next release goes on */
     bool mortal;
     _Atomic uint32_t working;
     _Atomic uint64_t deaths;
@@ -69,7 +70,6 @@ static void lead_round(struct play *p, uint32_t round)
 {
     uint64_t bytes, runs;
     uint32_t violations = 0, stamp = round % 2 ? SH_STAMP_MAX : sh_now_stamp(&p->lead);
-    bool more;
     if (p->mortal)
         reap_dead(&p->lead, sh_os_now_ns() - 20000000);
     if (round % 8 == 3) { /* killed, and followed */
@@ -78,7 +78,7 @@ static void lead_round(struct play *p, uint32_t round)
         arena_share(&p->lead, &p->anchor);
     }
     collect(&p->lead);
-    CHECK_OK(sh_release(&p->lead, stamp, 1 << 19, &bytes, &runs, &more));
+    CHECK_OK(sh_release(&p->lead, stamp, 1 << 19, &p->page, &bytes, &runs));
     if (round % 16 != 5)
         return;
     CHECK_OK(sh_check(&p->lead, test_say, &violations));
@@ -96,7 +96,7 @@ static void all_must_be_gone(struct play *p)
     must_be_sound(&p->lead, EXACT_COUNTS);
     kernel_must_agree(&p->lead);
     CHECK(atomic_load(&p->lead.hdr->inuse_pages) == 0);
-    CHECK(atomic_load(&p->lead.hdr->committed_units) == 0);
+    CHECK(sh_committed_units(&p->lead) == 0);
 }
 
 static struct play *play_new(uint64_t steps, bool mortal)

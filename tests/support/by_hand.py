@@ -119,9 +119,9 @@ class HeapByHand:
 
     def release(self, stamp_le: int = EVERYTHING, max_bytes: int = PLENTY) -> int:
         """Give back all that is due, in steps of about `max_bytes`. Returns bytes."""
-        total, more = 0, True
-        while more:
-            nbytes, _, more = self.steward.release(stamp_le, max_bytes)
+        total, _, page = self.steward.release(stamp_le, max_bytes, 0)
+        while page:
+            nbytes, _, page = self.steward.release(stamp_le, max_bytes, page)
             total += nbytes
         return total
 

@@ -300,14 +300,15 @@ class FakeSteward:
         self.pauses.append(max(pause_ns, 15))
         return 15
 
-    def release(self, stamp_le: int, max_bytes: int, /) -> tuple[int, int, bool]:
+    def release(self, stamp_le: int, max_bytes: int, page: int, /) -> tuple[int, int, int]:
         self.calls.append("release")
-        fits = [i for i, unit in enumerate(self.units) if unit.idle and _old(unit, stamp_le)]
+        rest = range(page, len(self.units))
+        fits = [i for i in rest if self.units[i].idle and _old(self.units[i], stamp_le)]
         taken = fits[: max(1, max_bytes // UNIT)]
         for i in taken:
             self.units[i].held, self.units[i].stamp = False, 0
         runs = sum(i - 1 not in taken for i in taken)
-        return UNIT * len(taken), runs, len(fits) > len(taken)
+        return UNIT * len(taken), runs, taken[-1] + 1 if len(fits) > len(taken) else 0
 
     # The model's own
 

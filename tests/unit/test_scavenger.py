@@ -44,6 +44,16 @@ def test_it_stops_at_the_goal(heap: FakeSteward, clock: FakeClock) -> None:
     assert heap.held_bytes == 130 * UNIT
 
 
+def test_a_walk_that_met_its_goal_does_not_hide_the_first_pages_from_the_next(
+    heap: FakeSteward, clock: FakeClock
+) -> None:
+    fill_and_drop(heap, 200)
+    scavenge(heap, clock, "asked", stamp_le=pacing.EVERYTHING, goal_bytes=70 * UNIT)
+    fill_and_drop(heap, 70)  # where the first walk has been
+    scavenge(heap, clock, "asked", stamp_le=pacing.EVERYTHING, goal_bytes=1 << 40)
+    assert heap.held_bytes == 0
+
+
 def test_it_ends_although_the_workers_free_as_fast_as_it_gives_back(
     heap: FakeSteward, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,8 +61,8 @@ def test_it_ends_although_the_workers_free_as_fast_as_it_gives_back(
     fill_and_drop(heap, 64)
     release = heap.release
 
-    def release_and_churn(stamp_le: int, max_bytes: int) -> tuple[int, int, bool]:
-        result = release(stamp_le, max_bytes)
+    def release_and_churn(stamp_le: int, max_bytes: int, page: int) -> tuple[int, int, int]:
+        result = release(stamp_le, max_bytes, page)
         fill_and_drop(heap, 64)
         return result
 
@@ -105,9 +115,9 @@ def test_with_nothing_to_do_the_heap_is_left_alone(
 def test_its_duration_is_the_clock_s(
     heap: FakeSteward, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow_release(_stamp_le: int, _max_bytes: int) -> tuple[int, int, bool]:
+    def slow_release(_stamp_le: int, _max_bytes: int, _page: int) -> tuple[int, int, int]:
         clock.advance(0.5)
-        return 0, 0, False
+        return 0, 0, 0
 
     monkeypatch.setattr(heap, "release", slow_release)
     report = scavenge(heap, clock, "asked", stamp_le=pacing.EVERYTHING, goal_bytes=1)
