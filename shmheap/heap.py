@@ -57,9 +57,10 @@ __all__ = ["Heap", "open", "unlink"]
 ANSWER_S = 60.0
 """How long gc() and scavenge() wait for the coordinator unless told otherwise."""
 
-RECLAIM_S = 1.0
+RECLAIM_S = 10.0
 """How long an allocation waits for one collection before it is refused: a coordinator that is alive
-answers in milliseconds, one that must be started first in tenths of a second."""
+answers in milliseconds, one that must be started first in tenths of a second, and on a machine that
+has no time for it in seconds. Refusing memory that is idle would be worse than waiting."""
 
 STARTING_S = 1.0
 """How long a coordinator that was started may take until it is missed: an interpreter's start is a
