@@ -34,7 +34,7 @@ from shmheap import _core
 from shmheap.arena import bell_name, open_arena, remove
 from shmheap.config import Config
 from shmheap.coordinator.loop import Coordinator, Outcome
-from shmheap.coordinator.pacing import next_gc_bytes
+from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.trace import Trace
 
@@ -88,7 +88,7 @@ def main(heap: str, *, foreground: bool) -> int:
     """
     arena_fd, path = open_arena(heap)
     try:
-        steward = _core.Steward(arena_fd)
+        steward = _take_place(arena_fd)
     except BlockingIOError:
         if foreground:
             print(f"{heap} has a coordinator already", file=sys.stderr)
@@ -107,6 +107,13 @@ def main(heap: str, *, foreground: bool) -> int:
     if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):
         remove(path, os.fstat(arena_fd), steward.nonce)
     return 0
+
+
+def _take_place(arena_fd: int) -> Steward:
+    """Become the coordinator, which must wait for a process that was stopped in attaching."""
+    while True:
+        with contextlib.suppress(TimeoutError):  # after ten seconds
+            return _core.Steward(arena_fd)
 
 
 def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: bool) -> Outcome:
@@ -190,7 +197,13 @@ def _environment_says_trace() -> bool:
 
 def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
     """Return whether a heap that was to be kept was unlinked and has no users either."""
-    return os.fstat(arena_fd).st_nlink == 0 and steward.try_close()
+    if os.fstat(arena_fd).st_nlink > 0:
+        return False
+    steward.set_patience(PATIENCE_MS)
+    try:
+        return steward.try_close()
+    except TimeoutError:
+        return False  # whoever was stopped in attaching is about to be its user
 
 
 def _is_null_device(fd: int) -> bool:

@@ -1307,8 +1307,10 @@ static PyObject *steward_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     Py_XDECREF(path);
     if (b == NULL)
         return NULL;
-    enum sh_status s = sh_attach_coordinator(&b->ctx, 10000);
-    if (s != SH_OK) {
+    enum sh_status s;
+    Py_BEGIN_ALLOW_THREADS s = sh_attach_coordinator(&b->ctx, b->ctx.patience_ms);
+    Py_END_ALLOW_THREADS if (s != SH_OK)
+    {
         if (s == SH_CHANGED)
             PyErr_SetString(PyExc_BlockingIOError, "another coordinator of this heap lives");
         else
@@ -1342,6 +1344,15 @@ static PyObject *steward_begin(Heap *self, PyObject *unused)
         return NULL;
     STEWARD(s, sh_begin(c, &phase));
     return PyLong_FromUnsignedLong(phase);
+}
+
+static PyObject *steward_set_patience(Heap *self, PyObject *args)
+{
+    int ms;
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "i:set_patience", &ms))
+        return NULL;
+    self->box->ctx.patience_ms = ms > SH_SPENT_MS ? ms : SH_SPENT_MS;
+    Py_RETURN_NONE;
 }
 
 static PyObject *steward_now_stamp(Heap *self, PyObject *unused)
@@ -1615,6 +1626,7 @@ static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
 
 static PyMethodDef steward_methods[] = {
     {"begin", (PyCFunction)steward_begin, METH_NOARGS, NULL},
+    {"set_patience", (PyCFunction)steward_set_patience, METH_VARARGS, NULL},
     {"now_stamp", (PyCFunction)steward_now_stamp, METH_NOARGS, NULL},
     {"slots", (PyCFunction)steward_slots, METH_NOARGS, NULL},
     {"alive", (PyCFunction)steward_alive, METH_VARARGS, NULL},

@@ -95,7 +95,8 @@ struct sh_ctx {
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
-    int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation */
+    int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation;
+                        spent by the first wait that was in vain, given anew each turn */
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
