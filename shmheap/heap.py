@@ -61,6 +61,10 @@ RECLAIM_S = 1.0
 """How long an allocation waits for one collection before it is refused: a coordinator that is alive
 answers in milliseconds, one that must be started first in tenths of a second."""
 
+CELLS = "the books of a further handle, lease or name"
+CELLS_BYTES = 8192
+"""What a process takes at a time for its handles and leases: a page of the heap."""
+
 STARTING_S = 1.0
 """How long a coordinator that was started may take until it is missed: an interpreter's start is a
 tenth of a second, more on a busy machine; every further one would take its time from the first."""
@@ -211,14 +215,14 @@ class Heap(HeapBase):
                 self._want(WANT_MEMORY)
                 told = seen
 
-    def _reclaim(self, timeout_s: float) -> None:
+    def _reclaim(self, timeout_s: float = RECLAIM_S) -> None:
         """Have the dead reaped, garbage collected and idle pages given back, once."""
         tickets = [(kind, self._request(kind)) for kind in (ASK_GC, ASK_SCAVENGE_ALL)]
         for kind, ticket in tickets:
             if self._await(kind, ticket, timeout_s) is None:
                 return  # nobody answers: do not wait a second time
 
-    def _full(self, nbytes: int, status: int, *, waiting: bool = False) -> HeapFull:
+    def _full(self, nbytes: int, status: int, *, waiting: bool = False, what: str = "") -> HeapFull:
         stats = self.stats()
         free = stats.capacity - stats.heap_inuse
         held_by: dict[int, int] = {}
@@ -245,7 +249,14 @@ class Heap(HeapBase):
             idle_bytes=stats.heap_idle,
             free_bytes=free,
             holders=holders[:5],
+            what=what,
         )
+
+    def _make_room(self, status: int, asked: bool) -> None:
+        """Reclaim for the cells in which handles, leases and names are kept, or say why not."""
+        if asked:
+            raise self._full(CELLS_BYTES, status, what=CELLS)
+        self._reclaim()
 
     def ndarray(self, shape: int | tuple[int, ...], dtype: DTypeLike = float) -> NDArray[Any]:
         """Return a zeroed NumPy array of that shape and dtype whose memory is a new block.

@@ -40,9 +40,9 @@ struct box {
 typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
-    PyObject *rebuild, *lease_type, *copy_bytes; /* of shmheap.block */
-    struct box *boxes;                           /* those that a fork must take along */
-    PyObject *spare[64];                         /* memory of dead Block objects */
+    PyObject *rebuild, *lease_type, *copy_bytes, *make_room; /* of shmheap.block */
+    struct box *boxes;                                       /* those that a fork must take along */
+    PyObject *spare[64];                                     /* memory of dead Block objects */
     int nspare;
 } State;
 
@@ -129,6 +129,21 @@ static void box_drop(struct box *b)
     PyMem_Free(b);
 }
 
+static bool is_short(enum sh_status s)
+{
+    return s == SH_FULL || s == SH_LIMIT || s == SH_NOSPACE;
+}
+
+/* HeapFull where there is no heap yet that could say more. */
+static void fail_short(enum sh_status s)
+{
+    const char *limit = s == SH_FULL ? "capacity" : s == SH_LIMIT ? "memory_limit" : "tmpfs";
+    PyObject *error = PyObject_CallFunction(state->HeapFull, "s", limit);
+    if (error != NULL)
+        PyErr_SetObject(state->HeapFull, error);
+    Py_XDECREF(error);
+}
+
 static PyObject *fail(struct box *b, enum sh_status s)
 {
     switch (s) {
@@ -171,8 +186,7 @@ static PyObject *fail(struct box *b, enum sh_status s)
     case SH_FULL:
     case SH_LIMIT:
     case SH_NOSPACE:
-        PyErr_SetString(state->HeapError,
-                        sh_status_text(s)); /* handles and roots; alloc says more */
+        fail_short(s);
         break;
     default:
         PyErr_Format(state->HeapError, "%s", sh_status_text(s));
@@ -221,6 +235,44 @@ static void box_leave(struct box *b)
             }                                                              \
         }                                                                  \
         box_leave(b);                                                      \
+    } while (0)
+
+static bool load_python_side(void)
+{
+    if (state->rebuild != NULL)
+        return true;
+    PyObject *m = PyImport_ImportModule("shmheap.block");
+    if (m == NULL)
+        return false;
+    state->lease_type = PyObject_GetAttrString(m, "Lease");
+    state->copy_bytes = PyObject_GetAttrString(m, "copy_bytes");
+    state->make_room = PyObject_GetAttrString(m, "make_room");
+    state->rebuild = PyObject_GetAttrString(m, "rebuild");
+    Py_DECREF(m);
+    return !PyErr_Occurred();
+}
+
+/* Pins, leases and names take memory, too. Where there is none Python asks the coordinator for
+ * some, once, and then says why not. True: try again. */
+static bool make_room(struct box *b, enum sh_status s, bool *asked)
+{
+    if (!is_short(s) || PyErr_Occurred() || !box_usable(b) || !load_python_side())
+        return false;
+    PyObject *done = PyObject_CallFunction(state->make_room, "OKii", b->path,
+                                           (unsigned long long)b->ctx.hdr->nonce, (int)s, *asked);
+    bool again = done != NULL && box_usable(b);
+    Py_XDECREF(done);
+    *asked = true;
+    return again;
+}
+
+/* The same for what may need memory for a cell. */
+#define WAITING_FOR_ROOM(b, s, op)       \
+    do {                                 \
+        bool asked = false;              \
+        do                               \
+            WAITING(b, s, op);           \
+        while (make_room(b, s, &asked)); \
     } while (0)
 
 /* Blocks */
@@ -420,27 +472,13 @@ static PyObject *block_make_lease(Block *self, PyObject *unused)
         return NULL;
     struct box *b = self->box;
     unsigned long long nonce = b->ctx.hdr->nonce, offset = block_offset(self);
-    WAITING(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
+    WAITING_FOR_ROOM(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
     if (PyErr_Occurred())
         return NULL;
     if (s != SH_OK)
         return fail(b, s);
     return Py_BuildValue("(OKKKKI)", b->path, nonce, offset, (unsigned long long)self->ref.gen,
                          (unsigned long long)cell, (unsigned int)seq);
-}
-
-static bool load_python_side(void)
-{
-    if (state->rebuild != NULL)
-        return true;
-    PyObject *m = PyImport_ImportModule("shmheap.block");
-    if (m == NULL)
-        return false;
-    state->rebuild = PyObject_GetAttrString(m, "rebuild");
-    state->lease_type = PyObject_GetAttrString(m, "Lease");
-    state->copy_bytes = PyObject_GetAttrString(m, "copy_bytes");
-    Py_DECREF(m);
-    return state->rebuild != NULL && state->lease_type != NULL && state->copy_bytes != NULL;
 }
 
 static PyObject *block_reduce(Block *self, PyObject *unused)
@@ -473,7 +511,7 @@ static PyObject *block_copy(Block *self, PyObject *unused)
     Block *other = block_new(b);
     if (other == NULL)
         return NULL;
-    WAITING(b, s, sh_repin(&b->ctx, &self->ref, SLICE_MS, &other->ref));
+    WAITING_FOR_ROOM(b, s, sh_repin(&b->ctx, &self->ref, SLICE_MS, &other->ref));
     if (s == SH_OK)
         return (PyObject *)other;
     block_discard(other);
@@ -671,7 +709,7 @@ static PyObject *alloc_slow(Heap *self, Block *block, uint64_t n, bool zero, enu
         return NULL;
     }
     block_discard(block);
-    if (!PyErr_Occurred() && *s != SH_FULL && *s != SH_LIMIT && *s != SH_NOSPACE)
+    if (!PyErr_Occurred() && !is_short(*s))
         fail(b, *s);
     return NULL;
 }
@@ -785,7 +823,7 @@ static PyObject *heap_adopt(Heap *self, PyObject *args)
     Block *block = block_new(b);
     if (block == NULL)
         return NULL;
-    WAITING(b, s, sh_adopt(&b->ctx, off, gen, cell, seq, SLICE_MS, &block->ref));
+    WAITING_FOR_ROOM(b, s, sh_adopt(&b->ctx, off, gen, cell, seq, SLICE_MS, &block->ref));
     if (s == SH_OK)
         return (PyObject *)block;
     block_discard(block);
@@ -820,7 +858,7 @@ static PyObject *heap_root_get(Heap *self, PyObject *args)
     Block *block = block_new(b);
     if (block == NULL)
         return NULL;
-    WAITING(b, s, sh_root_get(&b->ctx, name, (uint32_t)len, SLICE_MS, &block->ref));
+    WAITING_FOR_ROOM(b, s, sh_root_get(&b->ctx, name, (uint32_t)len, SLICE_MS, &block->ref));
     if (s == SH_OK)
         return (PyObject *)block;
     block_discard(block);
@@ -846,7 +884,7 @@ static PyObject *heap_root_set(Heap *self, PyObject *args)
         block->ref; /* the block may be another Heap object's: as this one maps it */
     ref.data += b->ctx.base - block->box->ctx.base;
     ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
-    WAITING(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
+    WAITING_FOR_ROOM(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     if (PyErr_Occurred())
