@@ -158,13 +158,13 @@ class Heap(HeapBase):
         heap._path = path
         bell = _Bell(path, os.fstat(fd))
         try:
+            heap._config = arena.read_config(fd, path)  # before anything is changed
             if not heap._attach(fd, path, bell.ring):
                 _finish_closing(fd, path)
                 return None
         finally:
             os.close(fd)
         heap._nonce = heap.nonce
-        heap._config = Config.from_json(heap._config_bytes())
         heap._keep(heap._config.keep)
         bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)

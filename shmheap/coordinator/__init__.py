@@ -96,9 +96,6 @@ class Steward(Protocol):
     def nonce(self) -> int:
         """The arena's nonce."""
 
-    def config(self) -> bytes:
-        """Return the heap's Config as JSON."""
-
     def stats(self) -> dict[str, Any]:
         """Return the fields of `HeapStats`."""
 

@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING, Final
 import posix_ipc
 
 from shmheap import _core
-from shmheap.arena import bell_name, open_arena, remove
-from shmheap.config import Config
+from shmheap.arena import bell_name, open_arena, read_config, remove
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
+    from shmheap.config import Config
     from shmheap.coordinator import Steward
 
     Handler = Callable[[int, FrameType | None], object] | signal.Handlers
@@ -87,6 +87,7 @@ def main(heap: str, *, foreground: bool) -> int:
     Raises HeapNotFound, UntrustedArena as `open_arena` does. To be called in the main thread.
     """
     arena_fd, path = open_arena(heap)
+    config = read_config(arena_fd, path)
     try:
         steward = _take_place(arena_fd)
     except BlockingIOError:
@@ -96,7 +97,6 @@ def main(heap: str, *, foreground: bool) -> int:
     if steward.closing():  # whoever closed it may have died before it removed the names
         remove(path, os.fstat(arena_fd), steward.nonce)
         return 0
-    config = Config.from_json(steward.config())
     with _logger(config, foreground=foreground) as log:
         try:
             outcome = _serve(steward, config, log, linger=foreground)

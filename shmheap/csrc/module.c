@@ -1251,12 +1251,6 @@ static PyObject *config_of(const struct sh_ctx *c)
     return PyBytes_FromStringAndSize(c->hdr->config, (Py_ssize_t)c->hdr->config_bytes);
 }
 
-static PyObject *heap_config(Heap *self, PyObject *unused)
-{
-    (void)unused;
-    return box_usable(self->box) ? config_of(&self->box->ctx) : NULL;
-}
-
 static PyMethodDef heap_methods[] = {
     {"_attach", (PyCFunction)heap_attach, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS,
@@ -1299,7 +1293,6 @@ static PyMethodDef heap_methods[] = {
     {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
     {"_mark_unlinked", (PyCFunction)heap_mark_unlinked, METH_NOARGS, NULL},
-    {"_config_bytes", (PyCFunction)heap_config, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef heap_getset[] = {
@@ -1611,14 +1604,6 @@ static PyObject *steward_stats(Heap *self, PyObject *unused)
     return stats_of(&self->box->ctx);
 }
 
-static PyObject *steward_config(Heap *self, PyObject *unused)
-{
-    (void)unused;
-    if (!steward_open(self))
-        return NULL;
-    return config_of(&self->box->ctx);
-}
-
 static PyObject *steward_check(Heap *self, PyObject *unused)
 {
     (void)unused;
@@ -1683,7 +1668,6 @@ static PyMethodDef steward_methods[] = {
     {"end_cycle", (PyCFunction)steward_end_cycle, METH_VARARGS, NULL},
     {"release", (PyCFunction)steward_release, METH_VARARGS, NULL},
     {"stats", (PyCFunction)steward_stats, METH_NOARGS, NULL},
-    {"config", (PyCFunction)steward_config, METH_NOARGS, NULL},
     {"check", (PyCFunction)steward_check, METH_NOARGS, NULL},
     {"unlinked", (PyCFunction)steward_unlinked, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)steward_set_limit, METH_VARARGS, NULL},
@@ -1814,6 +1798,19 @@ static PyObject *core_format(PyObject *self, PyObject *args)
     return s == SH_OK ? Py_NewRef(Py_None) : fail(&b, s);
 }
 
+static PyObject *core_read_config(PyObject *self, PyObject *args)
+{
+    int fd;
+    uint32_t n;
+    char config[SH_CONFIG_BYTES];
+    struct box b = {.closed = true};
+    (void)self;
+    if (!PyArg_ParseTuple(args, "i:read_config", &fd))
+        return NULL;
+    enum sh_status s = sh_read_config(fd, config, &n, &b.ctx.why);
+    return s == SH_OK ? PyBytes_FromStringAndSize(config, (Py_ssize_t)n) : fail(&b, s);
+}
+
 static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
 {
     PyObject *list, *log;
@@ -1911,6 +1908,7 @@ static PyObject *core_after_fork_child(PyObject *self, PyObject *unused)
 
 static PyMethodDef module_methods[] = {
     {"format", core_format, METH_VARARGS, NULL},
+    {"read_config", core_read_config, METH_VARARGS, NULL},
     {"spawn_detached", core_spawn_detached, METH_VARARGS, NULL},
     {"before_fork", core_before_fork, METH_NOARGS, NULL},
     {"after_fork_parent", core_after_fork_parent, METH_NOARGS, NULL},

@@ -123,6 +123,8 @@ struct sh_ref {
 void sh_geometry(struct sh_geometry *, uint64_t capacity, uint32_t page_shift, uint32_t unit_shift);
 enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t limit_bytes,
                          const char *config, size_t config_bytes);
+enum sh_status sh_read_config(int fd, char config[SH_CONFIG_BYTES], uint32_t *bytes,
+                              const char **why);
 enum sh_status sh_map(struct sh_ctx *, int fd, bool writable);
 void sh_unmap(struct sh_ctx *);
 
