@@ -34,6 +34,7 @@ __all__ = [
     "is_same",
     "open_arena",
     "random_name",
+    "read_config",
     "remove",
     "unlink_same",
 ]
@@ -183,6 +184,17 @@ def _trust(fd: int, path: str) -> None:
     if found.st_mode & 0o077:
         mode = stat.S_IMODE(found.st_mode)
         raise UntrustedArena(f"{path} may be opened by others (mode {mode:o}, not 600)")
+
+
+def read_config(fd: int, path: str) -> Config:
+    """Return the heap's Config from its header. Cost: two system calls; nothing is mapped.
+
+    Raises UntrustedArena: it is no header that this version can use, or the Config is damaged.
+    """
+    try:
+        return Config.from_json(_core.read_config(fd))
+    except ValueError as error:
+        raise UntrustedArena(f"{path} has a damaged configuration: {error}") from error
 
 
 def is_same(path: str, file: os.stat_result) -> bool:

@@ -67,6 +67,11 @@ def copy_bytes(block: Block, path: str, nonce: int) -> Block:
     return _find_heap[0](path, nonce).put(block)
 
 
+def make_room(path: str, nonce: int, status: int, asked: bool) -> None:
+    """Have memory freed for a handle, a lease or a name; raise HeapFull where that was in vain."""
+    _find_heap[0](path, nonce)._make_room(status, asked)  # type: ignore[attr-defined]
+
+
 class Lease:
     """Keeps a block alive on its way: made by Block.lease(), ended by its taker, or by release().
 

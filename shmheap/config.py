@@ -128,13 +128,19 @@ class Config:
     @classmethod
     def from_json(cls, text: str | bytes) -> Config:
         """Return the Config that ``to_json`` wrote. ValueError: it is not the JSON of a Config."""
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("the JSON of a Config is flat") from None
         if not isinstance(values, dict):
             raise ValueError("the JSON of a Config is an object")
         unknown = values.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"Config has no {', '.join(sorted(unknown))}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen: only while it is being made

@@ -91,6 +91,7 @@ class HeapFull(HeapError, MemoryError):
         largest_free_bytes: the longest free run of pages.
         holders: (pid, bytes) of the largest holders, largest first.
         remedy: what helps; chosen by ``limit`` if not given.
+        what: what it was for, if not for a block: then it was for ``requested_bytes`` of that.
 
     Every argument is an attribute of the same name. Unknown limits are a ValueError.
     """
@@ -108,6 +109,7 @@ class HeapFull(HeapError, MemoryError):
         largest_free_bytes: int = 0,
         holders: Iterable[tuple[int, int]] = (),
         remedy: str | None = None,
+        what: str = "",
     ) -> None:
         if limit not in _LIMITS:
             raise ValueError(f"unknown limit {limit!r}; one of {', '.join(_LIMITS)}")
@@ -123,12 +125,16 @@ class HeapFull(HeapError, MemoryError):
         self.largest_free_bytes = largest_free_bytes
         self.holders = tuple((int(pid), int(nbytes)) for pid, nbytes in holders)
         self.remedy = remedy or _LIMITS[limit][1]
+        self.what = what
 
     def __str__(self) -> str:
         return f"{self._problem()} ({self._numbers()}){self._largest_holders()}; {self.remedy}"
 
     def _problem(self) -> str:
-        return f"no room for {_size(self.requested_bytes)}: {_LIMITS[self.limit][0]}"
+        wanted = _size(self.requested_bytes)
+        if self.what:
+            wanted = f"{self.what} ({wanted})"
+        return f"no room for {wanted}: {_LIMITS[self.limit][0]}"
 
     def _numbers(self) -> str:
         numbers = [

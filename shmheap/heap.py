@@ -62,6 +62,10 @@ RECLAIM_S = 10.0
 answers in milliseconds, one that must be started first in tenths of a second, and on a machine that
 has no time for it in seconds. Refusing memory that is idle would be worse than waiting."""
 
+CELLS = "the books of a further handle, lease or name"
+CELLS_BYTES = 8192
+"""What a process takes at a time for its handles and leases: a page of the heap."""
+
 STARTING_S = 1.0
 """How long a coordinator that was started may take until it is missed: an interpreter's start is a
 tenth of a second, more on a busy machine; every further one would take its time from the first."""
@@ -155,13 +159,13 @@ class Heap(HeapBase):
         heap._path = path
         bell = _Bell(path, os.fstat(fd))
         try:
+            heap._config = arena.read_config(fd, path)  # before anything is changed
             if not heap._attach(fd, path, bell.ring):
                 _finish_closing(fd, path)
                 return None
         finally:
             os.close(fd)
         heap._nonce = heap.nonce
-        heap._config = Config.from_json(heap._config_bytes())
         heap._keep(heap._config.keep)
         bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)
@@ -212,14 +216,14 @@ class Heap(HeapBase):
                 self._want(WANT_MEMORY)
                 told = seen
 
-    def _reclaim(self, timeout_s: float) -> None:
+    def _reclaim(self, timeout_s: float = RECLAIM_S) -> None:
         """Have the dead reaped, garbage collected and idle pages given back, once."""
         tickets = [(kind, self._request(kind)) for kind in (ASK_GC, ASK_SCAVENGE_ALL)]
         for kind, ticket in tickets:
             if self._await(kind, ticket, timeout_s) is None:
                 return  # nobody answers: do not wait a second time
 
-    def _full(self, nbytes: int, status: int, *, waiting: bool = False) -> HeapFull:
+    def _full(self, nbytes: int, status: int, *, waiting: bool = False, what: str = "") -> HeapFull:
         stats = self.stats()
         free = stats.capacity - stats.heap_inuse
         held_by: dict[int, int] = {}
@@ -246,7 +250,14 @@ class Heap(HeapBase):
             idle_bytes=stats.heap_idle,
             free_bytes=free,
             holders=holders[:5],
+            what=what,
         )
+
+    def _make_room(self, status: int, asked: bool) -> None:
+        """Reclaim for the cells in which handles, leases and names are kept, or say why not."""
+        if asked:
+            raise self._full(CELLS_BYTES, status, what=CELLS)
+        self._reclaim()
 
     def ndarray(self, shape: int | tuple[int, ...], dtype: DTypeLike = float) -> NDArray[Any]:
         """Return a zeroed NumPy array of that shape and dtype whose memory is a new block.

@@ -58,6 +58,7 @@ def observed(path: str) -> Iterator[tuple[int, _core.Observer]]:
     """Open an arena to look at; gives its fd and the observer. Raises what open_arena raises."""
     fd, _ = arena.open_arena(path, read_only=True)
     try:
+        arena.read_config(fd, path)  # whoever uses it must be able to
         observer = _core.Observer(fd)
         try:
             yield fd, observer

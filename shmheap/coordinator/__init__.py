@@ -96,14 +96,18 @@ class Steward(Protocol):
     def nonce(self) -> int:
         """The arena's nonce."""
 
-    def config(self) -> bytes:
-        """Return the heap's Config as JSON."""
-
     def stats(self) -> dict[str, Any]:
         """Return the fields of `HeapStats`."""
 
     def begin(self) -> int:
         """Take over: finish what a dead coordinator left half released. Return the phase found."""
+
+    def set_patience(self, ms: int, /) -> None:
+        """Say how long to wait for a process that was stopped inside an operation, all in all.
+
+        Each call below raises TimeoutError where that was not long enough; it may be repeated. The
+        first wait that was in vain spends it: those after it are short, until it is set again.
+        """
 
     def now_stamp(self) -> int:
         """Return the time as pages are stamped with it: 0.1 s since the heap's creation, + 1."""
@@ -119,8 +123,9 @@ class Steward(Protocol):
     def reap(self, index: int, lease_cutoff_ns: int, /) -> tuple[int, int, int, int, int, bool]:
         """Take from a process that `alive` said is dead its pins and spans, and old leases.
 
-        Leases made before the cutoff (CLOCK_MONOTONIC ns) are expired, younger ones stay. Only in
-        phase IDLE. May be repeated until done; what was taken is counted once.
+        Leases made before the cutoff (CLOCK_MONOTONIC ns) are expired, younger ones stay. Not in
+        the middle of a cycle that goes on. May be repeated until done; what was taken is counted
+        once.
 
         Returns:
             pins, leases, spans, bytes freed by the pins, bytes freed by the leases, and whether the

@@ -30,6 +30,9 @@ The first turn comes before the first wait: wants and deaths may date from a coo
 killed. Steps of one turn run in this order because each gives the next one more to find: reaping
 drops pins, collecting frees blocks, scavenging gives their pages back.
 
+A process that was stopped inside an operation stalls what needs its lock: that is put off, and the
+rest is done (`pacing`).
+
 Its own ticks keep nothing alive and hide nothing (S15): it leaves with the last user, and that it
 will look again is no reason to let anybody wait.
 """
@@ -37,6 +40,7 @@ will look again is no reason to let anybody wait.
 from __future__ import annotations
 
 import enum
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shmheap.coordinator import (
@@ -48,7 +52,7 @@ from shmheap.coordinator import (
     pacing,
 )
 from shmheap.coordinator.collector import collect, resume
-from shmheap.coordinator.pacing import Seen
+from shmheap.coordinator.pacing import Plan, Seen
 from shmheap.coordinator.reaper import Reaper
 from shmheap.coordinator.scavenger import scavenge
 from shmheap.stats import HeapStats
@@ -59,7 +63,6 @@ if TYPE_CHECKING:
 
     from shmheap.config import Config
     from shmheap.coordinator import Clock, SlotKey, Steward, Wakeup
-    from shmheap.coordinator.pacing import Plan
     from shmheap.coordinator.reaper import Reaped
     from shmheap.coordinator.trace import Trace
     from shmheap.stats import GCReport, ScavengeReport
@@ -109,17 +112,42 @@ class Coordinator:
         self._next_tick_ns = pacing.next_tick_ns(self._started_ns, config)
         self._dead_bytes = self._lease_bytes = 0  # reaped since the last collection
         self._look_again = False  # memory was found for who waits, who may still be waiting
-        self._stalled = False  # a process was stopped inside an operation, so a phase could not end
+        self._stalled: TimeoutError | None = None  # this turn: a process keeps its lock
+        self._stalls = 0  # turns in a row that were
+        self._retry_ns = 0
+        self._unfinished: Plan | None = None  # what a stalled turn had planned
         self._warned = False
         self._stopping = False
 
     def run(self) -> Outcome:
         """Take over, and serve until it is time to leave: LEAVES or CLOSED."""
-        resume(self._steward, self._clock, self._steward.begin(), self._config.gc_percent)
-        outcome = self.turn()
+        outcome = self._take_over()
         while outcome is Outcome.STAYS:
             outcome = self.turn(self._wakeup.wait(self.wait_s(), self._reaper.watched))
         return outcome
+
+    def _take_over(self) -> Outcome:
+        while not self._begin():
+            if self._stopping:
+                return Outcome.LEAVES
+            self._wakeup.wait(self.wait_s(), {})
+        return self.turn()
+
+    def _begin(self) -> bool:
+        """Finish what a dead coordinator left; False: a stopped process is in the way."""
+        self._be_patient()
+        try:
+            phase = self._steward.begin()
+        except TimeoutError as error:
+            self._stalled = error
+        self._count_stall()
+        if self._stalls:
+            return False
+        try:
+            resume(self._steward, self._clock, phase, self._config.gc_percent)
+        except TimeoutError:
+            self._unfinished = Plan(collect="forced")
+        return True
 
     def stop(self) -> None:
         """Leave after the next turn. To be called from a signal handler, which also rings."""
@@ -127,27 +155,34 @@ class Coordinator:
 
     def wait_s(self) -> float:
         """Return how long to sleep, seconds, if nobody rings."""
-        return pacing.wait_s(
-            self._clock.monotonic_ns(),
-            [self._next_tick_ns, *self._reaper.dues_ns],
-            soon=self._reaper.soon or self._look_again or self._stalled,
-        )
+        now_ns = self._clock.monotonic_ns()
+        dues_ns = [self._next_tick_ns, *self._reaper.dues_ns]
+        if self._stalls:  # what is overdue waits for the next try
+            dues_ns = [self._retry_ns, *(due for due in dues_ns if due > now_ns)]
+        return pacing.wait_s(now_ns, dues_ns, soon=self._reaper.soon or self._look_again)
 
     def turn(self, exited: Collection[SlotKey] = ()) -> Outcome:
         """Do all that is due now; `exited` are the processes that are known to have ended."""
+        self._be_patient()
         wants = self._steward.take_wants()
         tickets = {kind: self._steward.pending(kind) for kind in ASKS}
         reaped = self._reap(exited)
         stats = HeapStats(**self._steward.stats())
         plan = pacing.plan(self._seen(wants, tickets, stats, reaped), self._config)
+        plan = pacing.with_unfinished(plan, self._unfinished)
         gc, scavenged = self._collect_and_scavenge(plan, stats.committed_bytes)
-        self._look_again = plan.short and self._serve_waiters(reaped, gc, scavenged)
+        # While stalled nobody can say that there is no memory.
+        short = plan.short and not self._stalled
+        self._look_again = short and self._serve_waiters(reaped, gc, scavenged)
         self._answer(tickets, gc, scavenged)
-        self._tell(plan, scavenged, stats)
-        return self._outcome()
+        self._tell(gc, scavenged, stats)
+        outcome = self._outcome()
+        self._count_stall()
+        return outcome
 
     def _reap(self, exited: Collection[SlotKey]) -> list[Reaped]:
         reaped = self._reaper.reap(exited, self._clock.monotonic_ns())
+        self._stalled = self._reaper.stalled
         self._dead_bytes += sum(one.dead_bytes for one in reaped)
         self._lease_bytes += sum(one.lease_bytes for one in reaped)
         return reaped
@@ -176,14 +211,30 @@ class Coordinator:
         self, plan: Plan, held_bytes: int
     ) -> tuple[GCReport | None, ScavengeReport | None]:
         """Do what is planned. A stopped process stalls it: what was asked for stays asked for."""
-        self._stalled = False
+        gc = scavenged = self._unfinished = None
         try:
             gc = self._collect(plan)
-            return gc, self._scavenge(plan, held_bytes)
+            scavenged = self._scavenge(plan, held_bytes)
         except TimeoutError as error:
-            self._stalled = True
-            self._log.warning("stalled: %s", error)
-            return None, None
+            self._stalled = error
+            self._unfinished = replace(plan, collect=None) if gc else plan
+        return gc, scavenged
+
+    def _be_patient(self) -> None:
+        self._stalled = None
+        self._steward.set_patience(pacing.patience_ms(self._stalls))
+
+    def _count_stall(self) -> None:
+        """Say when to try again, and tell the log when it begins and when it is over."""
+        if self._stalled is None:
+            if self._stalls:
+                self._log.info("goes on, after %d tries in vain", self._stalls)
+            self._stalls = 0
+            return
+        if not self._stalls:
+            self._log.warning("stalled: %s", self._stalled)
+        self._stalls += 1
+        self._retry_ns = pacing.retry_ns(self._clock.monotonic_ns(), self._stalls)
 
     def _collect(self, plan: Plan) -> GCReport | None:
         if plan.collect is None:
@@ -236,10 +287,12 @@ class Coordinator:
             if ticket and report is not None:
                 self._steward.finish(kind, ticket, report.as_fields())
 
-    def _tell(self, plan: Plan, scavenged: ScavengeReport | None, stats: HeapStats) -> None:
-        if self._trace.on and (plan.collect or plan.release):
+    def _tell(
+        self, gc: GCReport | None, scavenged: ScavengeReport | None, stats: HeapStats
+    ) -> None:
+        if self._trace.on and (gc or scavenged):
             self._trace.wakeup(
-                forced=plan.collect == "forced",
+                forced=gc is not None and gc.trigger == "forced",
                 released_bytes=scavenged.released_bytes if scavenged else 0,
                 stats=HeapStats(**self._steward.stats()),
             )
@@ -264,6 +317,13 @@ class Coordinator:
             return Outcome.STAYS
         if self._config.keep:
             return Outcome.LEAVES  # not closed: the next user starts a successor
-        if self._steward.try_close():
+        if self._close():
             return Outcome.CLOSED
         return Outcome.LEAVES if self._stopping else Outcome.STAYS
+
+    def _close(self) -> bool:
+        try:
+            return self._steward.try_close()
+        except TimeoutError as error:
+            self._stalled = error
+            return False

@@ -27,6 +27,10 @@ The coordinator looks when the doorbell rings, and every
 
 so that the sampling is correct: no limit is overrun by more than its half.
 
+A process that was stopped inside an operation (a debugger, SIGSTOP) keeps its lock, and what needs
+it cannot be done. A turn waits for it `PATIENCE_MS`, gives up, and is made again after 0.05, 0.1,
+... and at last every `LONGEST_RETRY_S`, with `RETRY_PATIENCE_MS` each.
+
 A page's age is a stamp of 0.1 s, given by the first collection that found it unused (S4). It goes
 back when the stamp is more than scavenge_after_s old, not equal: both ends are rounded down, and a
 page must never go early.
@@ -59,6 +63,19 @@ few megabytes are not worth the workers' pauses."""
 SOON_S: Final = 0.05
 """When to look again at something that is overdue but not ready, such as a process whose last
 thread is still leaving. Twenty looks a second, for as long as that lasts, are no load."""
+
+PATIENCE_MS: Final = 1000
+"""How long a turn waits for a process that keeps its lock, all in all. Locks are held for less than
+a microsecond as a rule, and over a fork for some 10 ms for each GB of the process: who does not let
+go in a second was stopped, or is on a machine so busy that to give up does no harm, since what was
+begun is begun again. Until it gives up, nobody is reaped and nobody answered."""
+
+RETRY_PATIENCE_MS: Final = 50
+"""The same for a process that did not let go before. If it runs again, this is plenty."""
+
+LONGEST_RETRY_S: Final = 1.0
+"""How late a process that goes on is noticed, at most. Waiting takes a processor's time, and so a
+twentieth of one at most for as long as the process is stopped."""
 
 MANY_LEASES: Final = 10_000
 OLD_LEASE_S: Final = 60.0
@@ -119,6 +136,31 @@ def _release_because(seen: Seen, short: bool) -> ScavengeTrigger | None:
     if short:
         return "memory"
     return "aged" if seen.ticked else None
+
+
+def with_unfinished(planned: Plan, before: Plan | None) -> Plan:
+    """Add to a turn's plan what an earlier one could not end.
+
+    A cycle that was begun must be ended: processes that were told of its last phase wait for it.
+    """
+    if before is None:
+        return planned
+    return Plan(
+        collect=planned.collect or before.collect,
+        release=planned.release or before.release,
+        everything=planned.everything or before.everything,
+        short=planned.short or before.short,
+    )
+
+
+def patience_ms(stalls: int) -> int:
+    """Return how long a turn waits for a stopped process, after so many that did in vain."""
+    return RETRY_PATIENCE_MS if stalls else PATIENCE_MS
+
+
+def retry_ns(now_ns: int, stalls: int) -> int:
+    """Return when to try again after so many turns in a row that waited in vain."""
+    return now_ns + _ns(min(SOON_S * 2 ** min(stalls - 1, 10), LONGEST_RETRY_S))
 
 
 def at_memory_limit(stats: HeapStats, config: Config) -> bool:

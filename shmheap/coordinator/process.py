@@ -31,10 +31,9 @@ from typing import TYPE_CHECKING, Final
 import posix_ipc
 
 from shmheap import _core
-from shmheap.arena import bell_name, open_arena, remove
-from shmheap.config import Config
+from shmheap.arena import bell_name, open_arena, read_config, remove
 from shmheap.coordinator.loop import Coordinator, Outcome
-from shmheap.coordinator.pacing import next_gc_bytes
+from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.trace import Trace
 
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
+    from shmheap.config import Config
     from shmheap.coordinator import Steward
 
     Handler = Callable[[int, FrameType | None], object] | signal.Handlers
@@ -87,8 +87,9 @@ def main(heap: str, *, foreground: bool) -> int:
     Raises HeapNotFound, UntrustedArena as `open_arena` does. To be called in the main thread.
     """
     arena_fd, path = open_arena(heap)
+    config = read_config(arena_fd, path)
     try:
-        steward = _core.Steward(arena_fd)
+        steward = _take_place(arena_fd)
     except BlockingIOError:
         if foreground:
             print(f"{heap} has a coordinator already", file=sys.stderr)
@@ -96,7 +97,6 @@ def main(heap: str, *, foreground: bool) -> int:
     if steward.closing():  # whoever closed it may have died before it removed the names
         remove(path, os.fstat(arena_fd), steward.nonce)
         return 0
-    config = Config.from_json(steward.config())
     with _logger(config, foreground=foreground) as log:
         try:
             outcome = _serve(steward, config, log, linger=foreground)
@@ -107,6 +107,13 @@ def main(heap: str, *, foreground: bool) -> int:
     if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):
         remove(path, os.fstat(arena_fd), steward.nonce)
     return 0
+
+
+def _take_place(arena_fd: int) -> Steward:
+    """Become the coordinator, which must wait for a process that was stopped in attaching."""
+    while True:
+        with contextlib.suppress(TimeoutError):  # after ten seconds
+            return _core.Steward(arena_fd)
 
 
 def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: bool) -> Outcome:
@@ -190,7 +197,13 @@ def _environment_says_trace() -> bool:
 
 def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
     """Return whether a heap that was to be kept was unlinked and has no users either."""
-    return os.fstat(arena_fd).st_nlink == 0 and steward.try_close()
+    if os.fstat(arena_fd).st_nlink > 0:
+        return False
+    steward.set_patience(PATIENCE_MS)
+    try:
+        return steward.try_close()
+    except TimeoutError:
+        return False  # whoever was stopped in attaching is about to be its user
 
 
 def _is_null_device(fd: int) -> bool:

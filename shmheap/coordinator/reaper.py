@@ -68,6 +68,8 @@ class Reaper:
         self._living: dict[SlotKey, int] = {}
         self.waiting = False
         """Whether a living process waits for memory."""
+        self.stalled: TimeoutError | None = None
+        """Why the last look could not take all that the dead held."""
 
     def reap(self, exited: Collection[SlotKey], now_ns: int) -> list[Reaped]:
         """Probe every process and reap the dead; `exited` are those whose pidfd has fired.
@@ -81,6 +83,7 @@ class Reaper:
         self._living = {slot.key: slot.pid for slot in slots if slot.key not in gone}
         self.waiting = any(slot.waiting for slot in slots if slot.key in self._living)
         self._exiting = self._living.keys() & (self._exiting | set(exited))
+        self.stalled = None
         reaped = [self._reap_slot(slot, now_ns) for slot in dead]
         return [one for one in reaped if one.found or one.done]
 
@@ -102,7 +105,11 @@ class Reaper:
     def _reap_slot(self, slot: Slot, now_ns: int) -> Reaped:
         died_ns = self._died_ns.setdefault(slot.key, now_ns)
         cutoff_ns = lease_cutoff_ns(died_ns, now_ns, self._config)
-        reaped = Reaped(*self._steward.reap(slot.number, cutoff_ns))
+        try:
+            reaped = Reaped(*self._steward.reap(slot.number, cutoff_ns))
+        except TimeoutError as error:  # a living process was stopped inside an operation
+            self.stalled = error
+            return Reaped(0, 0, 0, 0, 0, done=False)
         if reaped.done:
             del self._died_ns[slot.key]
         if reaped.found:

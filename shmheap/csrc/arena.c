@@ -127,7 +127,8 @@ static const char *fault_of(const struct sh_header *h, uint64_t file_bytes)
         return "it is not a shmheap arena";
     if (h->version != SH_VERSION || h->header_bytes != sizeof *h)
         return "it was made by another version of shmheap";
-    if (1ull << h->unit_shift != (uint64_t)sysconf(_SC_PAGESIZE) && h->unit_shift != 21)
+    if (h->unit_shift != (uint32_t)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE)) &&
+        h->unit_shift != 21) /* before anything is shifted by it */
         return "its page size is not this system's";
     if (h->page_shift != (h->unit_shift > PAGE_SHIFT ? h->unit_shift : PAGE_SHIFT))
         return "its page size is not one that shmheap makes";
@@ -152,6 +153,24 @@ static const char *read_header(int fd, struct sh_header *h, struct stat *st)
     if (st->st_size < (off_t)sizeof *h || pread(fd, h, sizeof *h, 0) != (ssize_t)sizeof *h)
         return "it is too short";
     return fault_of(h, (uint64_t)st->st_size);
+}
+
+/* What the header says of the heap's configuration, without mapping the arena. SH_UNTRUSTED: *why.
+ */
+enum sh_status sh_read_config(int fd, char config[SH_CONFIG_BYTES], uint32_t *bytes,
+                              const char **why)
+{
+    struct stat st;
+    struct sh_header *h = malloc(sizeof *h);
+    if (h == NULL)
+        return SH_NOMEM;
+    *why = read_header(fd, h, &st);
+    if (*why == NULL) {
+        *bytes = h->config_bytes;
+        memcpy(config, h->config, *bytes);
+    }
+    free(h);
+    return *why == NULL ? SH_OK : SH_UNTRUSTED;
 }
 
 static bool map_private(struct sh_ctx *c)

@@ -26,16 +26,19 @@ static bool in_use(const struct sh_ctx *c, uint32_t slot)
     return atomic_load_explicit(&sh_slot(c, slot)->state, ACQ) != SH_SLOT_FREE;
 }
 
-/* Takes each process's lock once, and sets its phase unless that is -1. */
+/* Takes each process's lock once, and sets its phase unless that is -1. SH_BUSY: not that of one
+ * which was stopped inside an operation; the others have it, and do not wait for that one. */
 enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
 {
+    enum sh_status all = SH_OK;
     for (uint32_t i = 0; i < slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
         if (i != 0 && !in_use(c, i))
             continue;
-        enum sh_status status = sh_process_lock(c, s, c->patience_ms);
-        if (status != SH_OK)
-            return status;
+        if (sh_process_lock(c, s, c->patience_ms) != SH_OK) {
+            all = SH_BUSY;
+            continue;
+        }
         uint64_t from = sh_os_now_ns();
         if (phase >= 0)
             atomic_store_explicit(&s->phase, (uint32_t)phase, REL);
@@ -43,7 +46,7 @@ enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
         uint64_t held = sh_os_now_ns() - from;
         c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
     }
-    return SH_OK;
+    return all;
 }
 
 /* The statistics of all processes that are and were. */
@@ -82,15 +85,22 @@ uint64_t sh_heap_objects(const struct sh_sums *sum)
     return positive(sum->mallocs - sum->frees);
 }
 
+/* Gives back runs that are ours, or puts them aside for the next time. */
+enum sh_status sh_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n)
+{
+    enum sh_status status = n ? sh_pages_give(c, pages, n, c->patience_ms) : SH_OK;
+    for (uint32_t i = 0; status != SH_OK && i < n; i++)
+        sh_defer(c, pages[i]);
+    return status;
+}
+
 /* Gives back the runs that were put aside so far. */
 enum sh_status sh_give_all(struct sh_ctx *c)
 {
     enum sh_status status = SH_OK;
     while (c->ndeferred != 0 && status == SH_OK) {
         uint32_t pages[SH_GIVE_MAX], n = sh_undefer(c, pages, SH_GIVE_MAX);
-        status = sh_pages_give(c, pages, n, c->patience_ms);
-        for (uint32_t i = 0; status != SH_OK && i < n; i++)
-            sh_defer(c, pages[i]);
+        status = sh_give(c, pages, n);
     }
     return status;
 }
@@ -198,6 +208,7 @@ static bool take_orphan(struct sh_ctx *c, uint32_t page, uint64_t *span)
         sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, *span);
     }
     sh_heap_unlock(c);
+    SH_CRASH("orphan:held");
     return same;
 }
 
@@ -395,7 +406,7 @@ static void forget_waiters(struct sh_ctx *c, struct sh_slot *s)
 }
 
 /* Takes from a slot whose liveness lock is lost its pins, its spans, and its leases made before the
- * cutoff (CLOCK_MONOTONIC ns). Only in phase IDLE. May be repeated until r->done. */
+ * cutoff (CLOCK_MONOTONIC ns). Not while marks are in use. May be repeated until r->done. */
 enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns,
                        struct sh_reaped *r)
 {
@@ -565,6 +576,8 @@ bool sh_hold_small(struct sh_ctx *c, uint32_t page, uint64_t *span)
 {
     if (SH_SPAN_OWNER(*span) == SH_OWNER_NONE)
         return take_orphan(c, page, span);
+    if (SH_SPAN_OWNER(*span) == c->owner)
+        return sh_span(c, page) == *span; /* an orphan that could not be put back */
     struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(*span));
     if (sh_process_lock(c, s, c->patience_ms) != SH_OK)
         return false;
@@ -624,7 +637,7 @@ static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
 
 static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
 {
-    enum sh_status status = b->n ? sh_pages_give(c, b->page, b->n, c->patience_ms) : SH_OK;
+    enum sh_status status = sh_give(c, b->page, b->n);
     b->n = 0;
     atomic_store(&c->hdr->borrowed_pages, 0);
     return status;

@@ -161,6 +161,7 @@ enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
 void sh_process_unlock(struct sh_slot *);
 void sh_poison(struct sh_ctx *);
 void sh_fork_ranks(void);
+#define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
 
 /* Changes a plain word under a lock: first its old value goes into the log (I-3). */
 static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint64_t value)
@@ -272,6 +273,7 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
 }
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
+enum sh_status sh_give(struct sh_ctx *, const uint32_t *pages, uint32_t n);
 enum sh_status sh_give_all(struct sh_ctx *);
 struct sh_sums {
     uint64_t mallocs, frees, alloc_bytes, freed_bytes, pins, leases, processes;

@@ -113,11 +113,20 @@ static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me,
     }
 }
 
+/* A wait for nothing. Of a coordinator it was its patience: whoever was stopped holds up more waits
+ * than this one, and not each of them shall take so long. */
+static enum sh_status in_vain(struct sh_ctx *c, int wait_ms)
+{
+    if (c->slot != NULL && c->slot_index == 0 && wait_ms > SH_SPENT_MS)
+        c->patience_ms = SH_SPENT_MS;
+    return SH_BUSY;
+}
+
 enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
 {
     uint64_t me = c->owner | 1;
     if (!take_word(&s->lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms)))
-        return SH_BUSY;
+        return in_vain(c, wait_ms);
     rank_taken(SH_RANK_PROCESS);
     return SH_OK;
 }
@@ -163,7 +172,7 @@ enum sh_status sh_lock(struct sh_ctx *c, struct sh_lock *l, int wait_ms)
 {
     int rc = acquire(&l->mutex, wait_ms);
     if (rc == EBUSY || rc == ETIMEDOUT)
-        return SH_BUSY;
+        return in_vain(c, wait_ms);
     if (rc != 0 && rc != EOWNERDEAD)
         return SH_CORRUPT;
     rank_taken(l->rank);

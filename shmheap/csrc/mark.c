@@ -239,7 +239,7 @@ static enum sh_status judge_suspects(struct sh_ctx *c, struct sweep *s)
             continue;
         uint64_t mark = atomic_load(&sh_page(c, page)->mark);
         atomic_store(&sh_page(c, page)->mark, (mark & SH_PAGE_TIERS) | SH_GEN(s->word[i]));
-        status = sh_pages_give(c, &page, 1, c->patience_ms);
+        status = sh_give(c, &page, 1);
     }
     return status;
 }
@@ -265,7 +265,7 @@ static enum sh_status end_span(struct sh_ctx *c, uint32_t page, uint64_t span)
         else
             sh_let_small(c, page, span);
     }
-    return given ? sh_pages_give(c, &page, 1, c->patience_ms) : SH_OK;
+    return given ? sh_give(c, &page, 1) : SH_OK;
 }
 
 static bool cells_are_clear(struct sh_ctx *c, uint32_t page, uint64_t span)
@@ -286,7 +286,7 @@ static enum sh_status end_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
         return SH_OK;
     bool given = cells_are_clear(c, page, span) && sh_span_give_up(c, page, span, SH_RELEASING);
     sh_let_owner(c, span);
-    return given ? sh_pages_give(c, &page, 1, c->patience_ms) : SH_OK;
+    return given ? sh_give(c, &page, 1) : SH_OK;
 }
 
 static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span, struct sweep *s)

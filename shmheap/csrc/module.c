@@ -40,9 +40,9 @@ struct box {
 typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
-    PyObject *rebuild, *lease_type, *copy_bytes; /* of shmheap.block */
-    struct box *boxes;                           /* those that a fork must take along */
-    PyObject *spare[64];                         /* memory of dead Block objects */
+    PyObject *rebuild, *lease_type, *copy_bytes, *make_room; /* of shmheap.block */
+    struct box *boxes;                                       /* those that a fork must take along */
+    PyObject *spare[64];                                     /* memory of dead Block objects */
     int nspare;
 } State;
 
@@ -129,6 +129,21 @@ static void box_drop(struct box *b)
     PyMem_Free(b);
 }
 
+static bool is_short(enum sh_status s)
+{
+    return s == SH_FULL || s == SH_LIMIT || s == SH_NOSPACE;
+}
+
+/* HeapFull where there is no heap yet that could say more. */
+static void fail_short(enum sh_status s)
+{
+    const char *limit = s == SH_FULL ? "capacity" : s == SH_LIMIT ? "memory_limit" : "tmpfs";
+    PyObject *error = PyObject_CallFunction(state->HeapFull, "s", limit);
+    if (error != NULL)
+        PyErr_SetObject(state->HeapFull, error);
+    Py_XDECREF(error);
+}
+
 static PyObject *fail(struct box *b, enum sh_status s)
 {
     switch (s) {
@@ -171,8 +186,7 @@ static PyObject *fail(struct box *b, enum sh_status s)
     case SH_FULL:
     case SH_LIMIT:
     case SH_NOSPACE:
-        PyErr_SetString(state->HeapError,
-                        sh_status_text(s)); /* handles and roots; alloc says more */
+        fail_short(s);
         break;
     default:
         PyErr_Format(state->HeapError, "%s", sh_status_text(s));
@@ -221,6 +235,44 @@ static void box_leave(struct box *b)
             }                                                              \
         }                                                                  \
         box_leave(b);                                                      \
+    } while (0)
+
+static bool load_python_side(void)
+{
+    if (state->rebuild != NULL)
+        return true;
+    PyObject *m = PyImport_ImportModule("shmheap.block");
+    if (m == NULL)
+        return false;
+    state->lease_type = PyObject_GetAttrString(m, "Lease");
+    state->copy_bytes = PyObject_GetAttrString(m, "copy_bytes");
+    state->make_room = PyObject_GetAttrString(m, "make_room");
+    state->rebuild = PyObject_GetAttrString(m, "rebuild");
+    Py_DECREF(m);
+    return !PyErr_Occurred();
+}
+
+/* Pins, leases and names take memory, too. Where there is none Python asks the coordinator for
+ * some, once, and then says why not. True: try again. */
+static bool make_room(struct box *b, enum sh_status s, bool *asked)
+{
+    if (!is_short(s) || PyErr_Occurred() || !box_usable(b) || !load_python_side())
+        return false;
+    PyObject *done = PyObject_CallFunction(state->make_room, "OKii", b->path,
+                                           (unsigned long long)b->ctx.hdr->nonce, (int)s, *asked);
+    bool again = done != NULL && box_usable(b);
+    Py_XDECREF(done);
+    *asked = true;
+    return again;
+}
+
+/* The same for what may need memory for a cell. */
+#define WAITING_FOR_ROOM(b, s, op)       \
+    do {                                 \
+        bool asked = false;              \
+        do                               \
+            WAITING(b, s, op);           \
+        while (make_room(b, s, &asked)); \
     } while (0)
 
 /* Blocks */
@@ -420,27 +472,13 @@ static PyObject *block_make_lease(Block *self, PyObject *unused)
         return NULL;
     struct box *b = self->box;
     unsigned long long nonce = b->ctx.hdr->nonce, offset = block_offset(self);
-    WAITING(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
+    WAITING_FOR_ROOM(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
     if (PyErr_Occurred())
         return NULL;
     if (s != SH_OK)
         return fail(b, s);
     return Py_BuildValue("(OKKKKI)", b->path, nonce, offset, (unsigned long long)self->ref.gen,
                          (unsigned long long)cell, (unsigned int)seq);
-}
-
-static bool load_python_side(void)
-{
-    if (state->rebuild != NULL)
-        return true;
-    PyObject *m = PyImport_ImportModule("shmheap.block");
-    if (m == NULL)
-        return false;
-    state->rebuild = PyObject_GetAttrString(m, "rebuild");
-    state->lease_type = PyObject_GetAttrString(m, "Lease");
-    state->copy_bytes = PyObject_GetAttrString(m, "copy_bytes");
-    Py_DECREF(m);
-    return state->rebuild != NULL && state->lease_type != NULL && state->copy_bytes != NULL;
 }
 
 static PyObject *block_reduce(Block *self, PyObject *unused)
@@ -473,7 +511,7 @@ static PyObject *block_copy(Block *self, PyObject *unused)
     Block *other = block_new(b);
     if (other == NULL)
         return NULL;
-    WAITING(b, s, sh_repin(&b->ctx, &self->ref, SLICE_MS, &other->ref));
+    WAITING_FOR_ROOM(b, s, sh_repin(&b->ctx, &self->ref, SLICE_MS, &other->ref));
     if (s == SH_OK)
         return (PyObject *)other;
     block_discard(other);
@@ -671,7 +709,7 @@ static PyObject *alloc_slow(Heap *self, Block *block, uint64_t n, bool zero, enu
         return NULL;
     }
     block_discard(block);
-    if (!PyErr_Occurred() && *s != SH_FULL && *s != SH_LIMIT && *s != SH_NOSPACE)
+    if (!PyErr_Occurred() && !is_short(*s))
         fail(b, *s);
     return NULL;
 }
@@ -785,7 +823,7 @@ static PyObject *heap_adopt(Heap *self, PyObject *args)
     Block *block = block_new(b);
     if (block == NULL)
         return NULL;
-    WAITING(b, s, sh_adopt(&b->ctx, off, gen, cell, seq, SLICE_MS, &block->ref));
+    WAITING_FOR_ROOM(b, s, sh_adopt(&b->ctx, off, gen, cell, seq, SLICE_MS, &block->ref));
     if (s == SH_OK)
         return (PyObject *)block;
     block_discard(block);
@@ -820,7 +858,7 @@ static PyObject *heap_root_get(Heap *self, PyObject *args)
     Block *block = block_new(b);
     if (block == NULL)
         return NULL;
-    WAITING(b, s, sh_root_get(&b->ctx, name, (uint32_t)len, SLICE_MS, &block->ref));
+    WAITING_FOR_ROOM(b, s, sh_root_get(&b->ctx, name, (uint32_t)len, SLICE_MS, &block->ref));
     if (s == SH_OK)
         return (PyObject *)block;
     block_discard(block);
@@ -846,7 +884,7 @@ static PyObject *heap_root_set(Heap *self, PyObject *args)
         block->ref; /* the block may be another Heap object's: as this one maps it */
     ref.data += b->ctx.base - block->box->ctx.base;
     ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
-    WAITING(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
+    WAITING_FOR_ROOM(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     if (PyErr_Occurred())
@@ -1193,12 +1231,6 @@ static PyObject *config_of(const struct sh_ctx *c)
     return PyBytes_FromStringAndSize(c->hdr->config, (Py_ssize_t)c->hdr->config_bytes);
 }
 
-static PyObject *heap_config(Heap *self, PyObject *unused)
-{
-    (void)unused;
-    return box_usable(self->box) ? config_of(&self->box->ctx) : NULL;
-}
-
 static PyMethodDef heap_methods[] = {
     {"_attach", (PyCFunction)heap_attach, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS,
@@ -1241,7 +1273,6 @@ static PyMethodDef heap_methods[] = {
     {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
     {"_mark_unlinked", (PyCFunction)heap_mark_unlinked, METH_NOARGS, NULL},
-    {"_config_bytes", (PyCFunction)heap_config, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 
 static PyGetSetDef heap_getset[] = {
@@ -1287,8 +1318,10 @@ static PyObject *steward_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     Py_XDECREF(path);
     if (b == NULL)
         return NULL;
-    enum sh_status s = sh_attach_coordinator(&b->ctx, 10000);
-    if (s != SH_OK) {
+    enum sh_status s;
+    Py_BEGIN_ALLOW_THREADS s = sh_attach_coordinator(&b->ctx, b->ctx.patience_ms);
+    Py_END_ALLOW_THREADS if (s != SH_OK)
+    {
         if (s == SH_CHANGED)
             PyErr_SetString(PyExc_BlockingIOError, "another coordinator of this heap lives");
         else
@@ -1322,6 +1355,15 @@ static PyObject *steward_begin(Heap *self, PyObject *unused)
         return NULL;
     STEWARD(s, sh_begin(c, &phase));
     return PyLong_FromUnsignedLong(phase);
+}
+
+static PyObject *steward_set_patience(Heap *self, PyObject *args)
+{
+    int ms;
+    if (!steward_open(self) || !PyArg_ParseTuple(args, "i:set_patience", &ms))
+        return NULL;
+    self->box->ctx.patience_ms = ms > SH_SPENT_MS ? ms : SH_SPENT_MS;
+    Py_RETURN_NONE;
 }
 
 static PyObject *steward_now_stamp(Heap *self, PyObject *unused)
@@ -1541,14 +1583,6 @@ static PyObject *steward_stats(Heap *self, PyObject *unused)
     return stats_of(&self->box->ctx);
 }
 
-static PyObject *steward_config(Heap *self, PyObject *unused)
-{
-    (void)unused;
-    if (!steward_open(self))
-        return NULL;
-    return config_of(&self->box->ctx);
-}
-
 static PyObject *steward_check(Heap *self, PyObject *unused)
 {
     (void)unused;
@@ -1594,6 +1628,7 @@ static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
 
 static PyMethodDef steward_methods[] = {
     {"begin", (PyCFunction)steward_begin, METH_NOARGS, NULL},
+    {"set_patience", (PyCFunction)steward_set_patience, METH_VARARGS, NULL},
     {"now_stamp", (PyCFunction)steward_now_stamp, METH_NOARGS, NULL},
     {"slots", (PyCFunction)steward_slots, METH_NOARGS, NULL},
     {"alive", (PyCFunction)steward_alive, METH_VARARGS, NULL},
@@ -1612,7 +1647,6 @@ static PyMethodDef steward_methods[] = {
     {"end_cycle", (PyCFunction)steward_end_cycle, METH_VARARGS, NULL},
     {"release", (PyCFunction)steward_release, METH_VARARGS, NULL},
     {"stats", (PyCFunction)steward_stats, METH_NOARGS, NULL},
-    {"config", (PyCFunction)steward_config, METH_NOARGS, NULL},
     {"check", (PyCFunction)steward_check, METH_NOARGS, NULL},
     {"unlinked", (PyCFunction)steward_unlinked, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)steward_set_limit, METH_VARARGS, NULL},
@@ -1743,6 +1777,19 @@ static PyObject *core_format(PyObject *self, PyObject *args)
     return s == SH_OK ? Py_NewRef(Py_None) : fail(&b, s);
 }
 
+static PyObject *core_read_config(PyObject *self, PyObject *args)
+{
+    int fd;
+    uint32_t n;
+    char config[SH_CONFIG_BYTES];
+    struct box b = {.closed = true};
+    (void)self;
+    if (!PyArg_ParseTuple(args, "i:read_config", &fd))
+        return NULL;
+    enum sh_status s = sh_read_config(fd, config, &n, &b.ctx.why);
+    return s == SH_OK ? PyBytes_FromStringAndSize(config, (Py_ssize_t)n) : fail(&b, s);
+}
+
 static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
 {
     PyObject *list, *log;
@@ -1840,6 +1887,7 @@ static PyObject *core_after_fork_child(PyObject *self, PyObject *unused)
 
 static PyMethodDef module_methods[] = {
     {"format", core_format, METH_VARARGS, NULL},
+    {"read_config", core_read_config, METH_VARARGS, NULL},
     {"spawn_detached", core_spawn_detached, METH_VARARGS, NULL},
     {"before_fork", core_before_fork, METH_NOARGS, NULL},
     {"after_fork_parent", core_after_fork_parent, METH_NOARGS, NULL},

@@ -535,7 +535,7 @@ uint32_t sh_head_of(const struct sh_ctx *c, uint32_t page)
 
 static enum sh_status walk_batch(struct sh_ctx *c, struct sh_walk *w)
 {
-    enum sh_status s = sh_heap_lock(c, 60000);
+    enum sh_status s = sh_heap_lock(c, c->patience_ms);
     if (s != SH_OK)
         return s;
     uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);

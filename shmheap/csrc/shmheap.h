@@ -95,7 +95,8 @@ struct sh_ctx {
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
-    int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation */
+    int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation;
+                        spent by the first wait that was in vain, given anew each turn */
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
@@ -121,6 +122,8 @@ struct sh_ref {
 void sh_geometry(struct sh_geometry *, uint64_t capacity, uint32_t page_shift, uint32_t unit_shift);
 enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t limit_bytes,
                          const char *config, size_t config_bytes);
+enum sh_status sh_read_config(int fd, char config[SH_CONFIG_BYTES], uint32_t *bytes,
+                              const char **why);
 enum sh_status sh_map(struct sh_ctx *, int fd, bool writable);
 void sh_unmap(struct sh_ctx *);
 

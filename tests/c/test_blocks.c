@@ -478,6 +478,82 @@ static void test_orphan_taken_by_two(void)
     stage_end(s);
 }
 
+/* Somebody is stopped with the heap lock, and goes on later. */
+struct stopped {
+    pthread_t thread;
+    pthread_barrier_t barrier;
+    struct sh_ctx *c;
+};
+
+static void *hold_the_heap_lock(void *arg)
+{
+    struct stopped *s = arg;
+    CHECK_OK(sh_heap_lock(s->c, 1000));
+    pthread_barrier_wait(&s->barrier);
+    pthread_barrier_wait(&s->barrier);
+    sh_heap_unlock(s->c);
+    return NULL;
+}
+
+static void stop_with_heap_lock(void *arg)
+{
+    struct stopped *s = arg;
+    pthread_barrier_init(&s->barrier, NULL, 2);
+    CHECK(pthread_create(&s->thread, NULL, hold_the_heap_lock, s) == 0);
+    pthread_barrier_wait(&s->barrier);
+}
+
+static void go_on(struct stopped *s)
+{
+    pthread_barrier_wait(&s->barrier);
+    pthread_join(s->thread, NULL);
+    pthread_barrier_destroy(&s->barrier);
+}
+
+/* What the coordinator has out of the page heap at that moment was lost until its death. */
+static void test_runs_that_cannot_be_given_back_yet(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct stopped stopped = {.c = &s->b};
+    struct sh_ref kept = block_new(&s->a, 100), r = block_new(&s->a, 100000);
+    uint64_t bytes, runs;
+    uint32_t page = 0;
+    block_drop(&s->a, &r);
+    s->lead.patience_ms = 5;
+    at_moment("release:claimed", stop_with_heap_lock, &stopped);
+    CHECK_IS(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs), SH_BUSY);
+    MOMENT_CAME("release:claimed");
+    CHECK(s->lead.patience_ms == SH_SPENT_MS && "the next wait is short");
+    go_on(&stopped);
+    s->lead.patience_ms = 10000;
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+static void test_orphan_that_cannot_be_put_back_yet(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct stopped stopped = {.c = &s->a};
+    struct sh_ref r = block_new(&s->b, 200);
+    struct handle lease = handle_lease(&s->b, &r);
+    uint64_t units;
+    arena_die(&s->b);
+    reap_dead(&s->lead, 0);
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] != SH_NIL);
+    s->lead.patience_ms = 5;
+    at_moment("orphan:held", stop_with_heap_lock, &stopped);
+    CHECK_IS(sh_stamp(&s->lead, 1, &units), SH_BUSY);
+    MOMENT_CAME("orphan:held");
+    go_on(&stopped);
+    s->lead.patience_ms = 10000;
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] == SH_NIL);
+    CHECK_OK(sh_stamp(&s->lead, 2, &units));
+    CHECK(s->a.hdr->orphans[sh_class_of(200)] != SH_NIL);
+    CHECK_OK(handle_open(&s->a, &lease, &r));
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 /* Only what nobody can still be looking at is punched: the coordinator takes each process's lock
  * once between claiming and punching, and leaves it if one does not come out of its operation. */
 static void test_handshake_before_punching(void)
@@ -927,6 +1003,8 @@ int main(void)
         {"empty_spans_go_back", test_empty_spans_go_back},
         {"orphans", test_orphans},
         {"orphan_taken_by_two", test_orphan_taken_by_two},
+        {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
+        {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},
         {"dead_in_an_operation", test_dead_in_an_operation},
         {"holes", test_holes},

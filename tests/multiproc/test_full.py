@@ -5,6 +5,8 @@ Whatever happens the heap stays whole: nobody gets SIGBUS, nothing is lost, and 
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 from by_hand import HeapByHand
 from processes import Worker
 
-from shmheap import Block, Config, Heap, HeapError, HeapFull, _core
+from shmheap import Block, Config, Heap, HeapFull, _core
 from shmheap.verify import verify_quiet
 
 MIB = 1 << 20
@@ -192,11 +194,100 @@ def test_somebody_else_fills_the_tmpfs(make: Callable[..., Heap], tiny: str) -> 
     assert all(bytes(block) == b"y" * 100 for block in blocks[1:])
     assert_unharmed(more)
     assert_whole(heap)
-    with pytest.raises(HeapError, match="full"):
+    with pytest.raises(HeapFull, match="full"):
         pickle.dumps(blocks[1])  # no room for a page of leases
     hog.unlink()
     assert bytes(pickle.loads(pickle.dumps(blocks[1]))) == b"y" * 100
     assert len(heap.alloc(MIB)) == MIB
+
+
+# Handles, leases and names take memory, too
+
+
+def copies_without_end(block: Block) -> tuple[list[Block], HeapFull]:
+    """Handles of one block until there is no room for another."""
+    copies: list[Block] = []
+    while True:
+        try:
+            copies.append(copy.copy(block))
+        except HeapFull as error:
+            return copies, error
+
+
+def test_a_full_heap_gave_a_bare_error_where_a_handle_is_made(make: Callable[..., Heap]) -> None:
+    heap = make(MIB)
+    block = heap.put(b"x")
+    heap.roots["a"] = block
+    lease = block.lease()
+    copies, error = copies_without_end(block)
+    assert len(copies) > 100_000
+    uses: list[Callable[[], object]] = [lease.take, lambda: heap.roots["a"]]
+    for use in uses:
+        with pytest.raises(HeapFull) as caught:
+            use()
+        for full in (caught.value, error):
+            assert full.limit == "capacity"
+            assert full.capacity_bytes == MIB
+            assert str(full).startswith("no room for the books of a further handle, lease or name")
+            assert str(pickle.loads(pickle.dumps(full))) == str(full)
+    copies.clear()
+    assert bytes(lease.take()) == bytes(heap.roots["a"]) == b"x"
+
+
+def test_a_full_heap_gave_a_bare_error_where_a_lease_is_made(make: Callable[..., Heap]) -> None:
+    heap = make(MIB)
+    block = heap.put(b"x")
+    blocks, _ = fill(heap, 5000)
+    for use in (pickle.dumps, Block.lease):
+        with pytest.raises(HeapFull) as caught:
+            use(block)
+        assert caught.value.limit == "capacity"
+    blocks.clear()
+    assert bytes(pickle.loads(pickle.dumps(block))) == b"x"
+
+
+def test_a_full_tmpfs_gave_a_bare_error_where_a_name_is_made(
+    make: Callable[..., Heap], tiny: str
+) -> None:
+    heap = make(64 * MIB, directory=tiny)
+    block = heap.put(b"x")
+    hog = fill_up(tiny)
+    names = map(str, itertools.count())
+
+    def name_it_again_and_again() -> None:
+        for name in names:
+            heap.roots[name] = block
+
+    with pytest.raises(HeapFull) as caught:
+        name_it_again_and_again()
+    assert caught.value.limit == "tmpfs"
+    with pytest.raises(HeapFull):  # a slot takes memory, too
+        _ = [Heap.attach(heap.name, directory=tiny) for _ in range(32)]
+    hog.unlink()
+    heap.roots[next(names)] = block
+
+
+def send(block: Block) -> Block:
+    received: Block = pickle.loads(pickle.dumps(block))
+    return received
+
+
+@pytest.mark.parametrize("use", [send, copy.copy])
+def test_memory_was_not_reclaimed_for_a_handle(
+    make: Callable[..., Heap], monkeypatch: pytest.MonkeyPatch, use: Callable[[Block], Block]
+) -> None:
+    heap = make(MIB)
+    block = heap.put(b"x")
+    held = [copies_without_end(block)[0]]
+    reclaim = Heap._reclaim
+
+    def drop_and_reclaim(heap: Heap) -> None:
+        held.clear()
+        reclaim(heap)
+
+    monkeypatch.setattr(Heap, "_reclaim", drop_and_reclaim)
+    assert use(block) == block
+    assert not held
 
 
 def test_no_room_for_a_heap_at_all(heap_name: str, tiny: str) -> None:

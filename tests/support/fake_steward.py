@@ -86,6 +86,9 @@ class FakeSteward:
         self.phase = IDLE
         self.marked: set[int] = set()
         self.calls: list[str] = []
+        self.stuck: set[str] = set()
+        """Calls that need the lock of a process which was stopped inside an operation."""
+        self.patience_ms: list[int] = []
         self.closed = False
         self.next_gc = pacing.next_gc_bytes(0, config.gc_percent)
         self.last_gc = 0
@@ -195,8 +198,11 @@ class FakeSteward:
             "processes": len(users),
         }
 
+    def set_patience(self, ms: int, /) -> None:
+        self.patience_ms.append(ms)
+
     def begin(self) -> int:
-        self.calls.append("begin")
+        self._call("begin")
         return self.phase
 
     def now_stamp(self) -> int:
@@ -220,10 +226,10 @@ class FakeSteward:
         return self.processes[index].locked
 
     def reap(self, index: int, lease_cutoff_ns: int, /) -> tuple[int, int, int, int, int, bool]:
-        assert self.phase == IDLE, "reaping is not for the middle of a cycle"
+        assert self.phase == IDLE or self.stuck, "reaping is not for the middle of a cycle"
         process = self.processes[index]
         assert not process.locked, "it lives"
-        self.calls.append("reap")
+        self._call("reap")
         pins, process.pins = process.pins, []
         dead_bytes = sum(self._free_unless_held(block) for block in pins)
         old = [lease for lease in process.leases if lease[1] < lease_cutoff_ns]
@@ -236,6 +242,7 @@ class FakeSteward:
         return sum(process.state == LIVE or bool(process.leases) for process in self.processes)
 
     def try_close(self) -> bool:
+        self._call("try_close")
         self.closed = self.users() == 0
         return self.closed
 
@@ -262,7 +269,7 @@ class FakeSteward:
         self.answers[kind].append((ticket, tuple(fields)))
 
     def start_cycle(self) -> int:
-        self.calls.append("start_cycle")
+        self._call("start_cycle")
         self.phase = MARK
         return 10
 
@@ -279,7 +286,7 @@ class FakeSteward:
 
     def sweep(self) -> tuple[int, int, int]:
         assert self.phase == SWEEP
-        self.calls.append("sweep")
+        self._call("sweep")
         dead = [block for block in self.blocks if id(block) not in self.marked]
         self.lost = [block for block in self.lost if block not in dead]
         return len(dead), sum(self._free(block) for block in dead), 25
@@ -301,7 +308,7 @@ class FakeSteward:
         return 15
 
     def release(self, stamp_le: int, max_bytes: int, page: int, /) -> tuple[int, int, int]:
-        self.calls.append("release")
+        self._call("release")
         rest = range(page, len(self.units))
         fits = [i for i in rest if self.units[i].idle and _old(self.units[i], stamp_le)]
         taken = fits[: max(1, max_bytes // UNIT)]
@@ -311,6 +318,11 @@ class FakeSteward:
         return UNIT * len(taken), runs, taken[-1] + 1 if len(fits) > len(taken) else 0
 
     # The model's own
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.stuck:
+            raise TimeoutError("a process that was stopped inside an operation holds its lock")
 
     def _rooted(self) -> list[Block]:
         blocks = [block for process in self.processes for block in process.pins]

@@ -16,12 +16,13 @@ from by_hand import HeapByHand
 
 import shmheap
 from shmheap import Config, Heap, HeapError, HeapNotFound, UntrustedArena, _core, arena
+from shmheap.coordinator import process
 
 MIB = 1 << 20
 
 # Offsets of fields in the header, bytes; see csrc/layout.h.
 VERSION, HEADER_BYTES, CAPACITY, FILE_BYTES, PID_NAMESPACE = 8, 12, 24, 32, 40
-PAGE_SHIFT, UNIT_SHIFT, CONFIG_BYTES = 56, 60, 64
+PAGE_SHIFT, UNIT_SHIFT, CONFIG_BYTES, CONFIG = 56, 60, 64, 72
 
 BAD_NAMES = [
     "",
@@ -173,6 +174,16 @@ def both_page_sizes(path: str) -> None:
     put_number(path, PAGE_SHIFT, 16)
 
 
+def config(json: bytes) -> Callable[[str], None]:
+    def write(path: str) -> None:
+        put_number(path, CONFIG_BYTES, len(json))
+        with open(path, "r+b") as file:
+            file.seek(CONFIG)
+            file.write(json)
+
+    return write
+
+
 def text(path: str) -> None:
     Path(path).write_bytes(b"not a heap" * 1_000_000)
 
@@ -190,6 +201,7 @@ SPOILT = {
     "another compiler": (number(HEADER_BYTES, _core.HEADER_BYTES + 64), "another version"),
     "OS page": (number(UNIT_SHIFT, 16), "page size"),
     "huge shift": (number(UNIT_SHIFT, 200), "page size"),
+    "shift that wraps": (number(UNIT_SHIFT, 64 + 12), "page size"),
     "heap page": (number(PAGE_SHIFT, 14), "page size"),
     "page sizes of another machine": (both_page_sizes, "page size"),
     "capacity": (another_capacity, "layout"),
@@ -197,6 +209,15 @@ SPOILT = {
     "endless capacity": (number(CAPACITY, (1 << 64) - 1, 8), "capacity"),
     "file size": (number(FILE_BYTES, 4096, 8), "layout"),
     "configuration": (number(CONFIG_BYTES, 1 << 20), "configuration"),
+    "configuration of nothing": (number(CONFIG_BYTES, 0), "damaged configuration"),
+    "configuration cut off": (number(CONFIG_BYTES, 20), "damaged configuration"),
+    "configuration not Unicode": (config(b"{\xff}"), "damaged configuration"),
+    "configuration of another kind": (config(b"[]"), "damaged configuration"),
+    "configuration too deep": (config(b"[" * 2000), "damaged configuration"),
+    "configuration with another field": (config(b'{"colour": 1}'), "damaged configuration"),
+    "configuration of wrong type": (config(b'{"keep": 1}'), "damaged configuration"),
+    "configuration out of range": (config(b'{"forced_gc_s": -1}'), "damaged configuration"),
+    "configuration not finite": (config(b'{"forced_gc_s": NaN}'), "damaged configuration"),
     "PID namespace": (number(PID_NAMESPACE, 1, 8), "PID namespace"),
     "mode": (lambda path: os.chmod(path, 0o644), "mode 644"),
     "group may read": (lambda path: os.chmod(path, 0o640), "mode 640"),
@@ -221,8 +242,11 @@ def test_a_spoilt_file_is_not_used(hand: HeapByHand, how: str) -> None:
         after.st_blocks,
         after.st_mtime_ns,
     ), "it was left alone"
+    with pytest.raises(UntrustedArena, match=said):
+        process.main(hand.path, foreground=True)
     for kind in (_core.Steward, _core.Observer):
-        if "mode" not in how and "read" not in how:  # the border's to see, not the core's
+        # Others are Python's to see, not the core's.
+        if not said.startswith(("mode", "damaged")):
             with pytest.raises(UntrustedArena, match=said):
                 kind(hand.fd)
 

@@ -14,11 +14,19 @@ from shmheap.coordinator import (
     ASK_SCAVENGE_ALL,
     DEAD,
     FREE,
+    IDLE,
+    LIVE,
     MARK,
     SWEEP,
 )
 from shmheap.coordinator.loop import Outcome
-from shmheap.coordinator.pacing import SOON_S
+from shmheap.coordinator.pacing import (
+    LONGEST_RETRY_S,
+    NEVER,
+    PATIENCE_MS,
+    RETRY_PATIENCE_MS,
+    SOON_S,
+)
 from shmheap.stats import GCReport, ScavengeReport
 
 STEPS = {"reap", "start_cycle", "sweep", "release", "refuse"}
@@ -567,6 +575,151 @@ def test_a_successor_ends_the_cycle_and_goes_on(phase: int, cycles: int) -> None
     assert steps(world).count("start_cycle") == cycles
     assert world.heap.calls[0] == "begin"
     assert world.heap.stats()["num_gc"] == 1
+
+
+# A process that was stopped inside an operation
+
+
+def test_a_process_stopped_while_another_is_reaped_ended_the_coordinator() -> None:
+    world = World()
+    world.heap.attach()
+    dead = world.heap.attach()
+    world.heap.alloc(dead)
+    world.heap.die(dead)
+    world.heap.stuck = {"reap"}
+    assert world.turn(dead) is Outcome.STAYS
+    assert world.heap.blocks
+    world.run_for(10)
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert not world.heap.blocks
+    assert dead.state == FREE
+
+
+def test_one_that_cannot_be_reaped_kept_the_others_from_it() -> None:
+    world = World()
+    first, second = world.heap.attach(), world.heap.attach()
+    for process in (first, second):
+        world.heap.die(process)
+    reap = world.heap.reap
+
+    def reap_second_only(index: int, cutoff_ns: int, /) -> tuple[int, int, int, int, int, bool]:
+        if index == first.number:
+            raise TimeoutError("stopped")
+        return reap(index, cutoff_ns)
+
+    world.heap.reap = reap_second_only  # type: ignore[method-assign]
+    world.turn(first, second)
+    assert (first.state, second.state) == (LIVE, FREE)
+
+
+def test_a_process_stopped_while_a_successor_takes_over_ended_it() -> None:
+    world = World()
+    world.heap.attach()
+    world.heap.stuck = {"begin"}
+    world.coordinator._wakeup.script = [  # type: ignore[attr-defined]
+        (5, lambda: world.heap.stuck.clear()),
+        (61, lambda: world.coordinator.stop()),
+    ]
+    assert world.coordinator.run() is Outcome.LEAVES
+    assert world.heap.calls.count("begin") > 2
+    assert "goes on" in world.messages(logging.INFO)[0]
+
+
+def test_a_successor_that_cannot_begin_could_not_be_stopped() -> None:
+    world = World(script=[(5, lambda: world.coordinator.stop())])
+    world.heap.attach()
+    world.heap.stuck = {"begin"}
+    assert world.coordinator.run() is Outcome.LEAVES
+
+
+def test_a_cycle_that_a_successor_could_not_resume_was_never_ended() -> None:
+    world = World(script=[(5, lambda: world.heap.stuck.clear())])
+    world.heap.attach()
+    world.heap.phase = MARK
+    world.heap.stuck = {"start_cycle"}
+    world.coordinator._take_over()
+    assert world.heap.phase == MARK
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert world.heap.phase == IDLE
+
+
+@pytest.mark.parametrize("step", ["start_cycle", "sweep"])
+def test_a_stalled_collection_was_not_tried_again(step: str) -> None:
+    world = World(Config(forced_gc_s=100_000, scavenge_after_s=100_000))
+    process = world.heap.attach()
+    world.heap.lose(process, world.heap.alloc(process, 5))
+    world.heap.stuck = {step}
+    world.heap.next_gc = 1
+    world.turn()
+    world.heap.next_gc = NEVER  # what made it due is over, but it was begun
+    assert world.heap.blocks
+    world.run_for(60)
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert not world.heap.blocks
+    assert world.heap.phase == IDLE
+
+
+def test_the_coordinator_waited_in_full_for_the_same_process_over_and_over() -> None:
+    world = World()
+    world.heap.attach()
+    world.heap.ask(ASK_GC)
+    world.heap.stuck = {"start_cycle"}
+    world.turn()
+    assert world.heap.patience_ms == [PATIENCE_MS]
+    world.run_for(600)
+    retries = world.heap.patience_ms[1:]
+    assert set(retries) == {RETRY_PATIENCE_MS}
+    assert 600 / LONGEST_RETRY_S <= len(retries) <= 610 / LONGEST_RETRY_S
+    assert len(world.messages(logging.WARNING)) == 1
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert len(gc_reports(world)) == 1
+    assert world.coordinator.wait_s() > LONGEST_RETRY_S
+    world.turn()
+    assert world.heap.patience_ms[-1] == PATIENCE_MS
+
+
+def test_waiters_were_refused_though_a_collection_could_not_be_made() -> None:
+    world = World(units=8)
+    waiter = world.heap.attach()
+    world.heap.lose(waiter, world.heap.alloc(waiter, 8))
+    world.heap.wait(waiter)
+    world.heap.stuck = {"start_cycle"}
+    world.turn()
+    world.run_for(10)
+    assert not waiter.refused
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert not waiter.refused
+    assert world.heap.alloc(waiter, 8)
+
+
+def test_a_finished_collection_was_forgotten_when_scavenging_stalled() -> None:
+    world = World()
+    idle(world, world.heap.attach())
+    world.heap.ask(ASK_GC)
+    world.heap.ask(ASK_SCAVENGE_ALL)
+    world.heap.stuck = {"release"}
+    world.turn()
+    assert len(gc_reports(world)) == 1
+    world.run_for(10)
+    assert steps(world).count("start_cycle") == 1
+    assert scavenge_reports(world, ASK_SCAVENGE_ALL) == []
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert len(scavenge_reports(world, ASK_SCAVENGE_ALL)) == 1
+
+
+def test_a_process_stopped_in_attaching_ended_the_coordinator_that_wanted_to_close() -> None:
+    world = World()
+    world.heap.stuck = {"try_close"}
+    assert world.turn() is Outcome.STAYS
+    world.heap.stuck.clear()
+    world.run_for(LONGEST_RETRY_S)
+    assert world.outcome is Outcome.CLOSED
 
 
 # The trace (S14)

@@ -128,6 +128,9 @@ class Machine:
     def steward(self, _fd: int) -> FakeSteward:
         return self.heap
 
+    def read_config(self, _fd: int, _path: str) -> Config:
+        return Config.from_json(self.heap.config())
+
     def open_arena(self, _name: str) -> tuple[int, str]:
         self.fd = os.open(self.path, os.O_RDWR)
         return self.fd, str(self.path)
@@ -145,6 +148,7 @@ def machine(
     machine = Machine(tmp_path / "arena", config)
     monkeypatch.setattr(process, "_core", SimpleNamespace(Steward=machine.steward))
     monkeypatch.setattr(process, "open_arena", machine.open_arena)
+    monkeypatch.setattr(process, "read_config", machine.read_config)
     for module in (process, arena):
         monkeypatch.setattr(module, "bell_name", lambda _nonce: bell)
     yield machine
