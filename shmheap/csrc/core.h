@@ -234,6 +234,7 @@ bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *,
                    uint32_t index);                /* locked; empty, given up? */
 bool sh_pspan_any(struct sh_ctx *, uint32_t kind); /* locked */
 void sh_pspans_forget(struct sh_ctx *);
+void sh_pspans_prune(struct sh_ctx *, uint32_t kind); /* locked */
 void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
 enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);
 void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic uint64_t *word);

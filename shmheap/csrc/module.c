@@ -33,6 +33,7 @@ struct box {
     struct sh_ctx ctx;
     Py_ssize_t refs, exports, calls; /* heaps and blocks; exported buffers; threads inside */
     bool closed, attached, keep;     /* keep: the last user does not close the heap */
+    const char *left_behind;         /* why a fork that is under way does not take the heap along */
     PyObject *path, *bell;           /* str; callable that rings the doorbell */
     struct box *next;
 };
@@ -144,6 +145,20 @@ static void fail_short(enum sh_status s)
     Py_XDECREF(error);
 }
 
+static void fail_forked(const struct box *b)
+{
+    if (b->left_behind != NULL)
+        PyErr_Format(
+            state->HeapError,
+            "this process was forked while it could not be given a place in the heap: %s. It holds "
+            "nothing there; attach again by name",
+            b->left_behind);
+    else
+        PyErr_SetString(state->HeapError,
+                        "this process was forked without Python's fork hooks, so it holds nothing "
+                        "in the heap: use os.fork or multiprocessing, or attach again by name");
+}
+
 static PyObject *fail(struct box *b, enum sh_status s)
 {
     switch (s) {
@@ -151,11 +166,7 @@ static PyObject *fail(struct box *b, enum sh_status s)
         PyErr_SetString(PyExc_ValueError, "the heap is closed");
         break;
     case SH_FORKED:
-        PyErr_SetString(
-            state->HeapError,
-            "this process was forked without Python's fork hooks, or its parent had closed the "
-            "heap's descriptor, so it holds nothing in the heap: use os.fork or multiprocessing, "
-            "or attach again by name");
+        fail_forked(b);
         break;
     case SH_STALE:
         PyErr_SetString(state->StaleHandle, "the block is gone: its last holder dropped it");
@@ -1832,20 +1843,47 @@ static struct box *forking[MAX_FORKED];
 static int nforking;
 static unsigned long forker; /* the thread that filled the list; it is the child's only one */
 
+/* What was in the way when a child was to be given its own place in the heap; NULL: nothing. */
+static const char *obstacle(enum sh_status s)
+{
+    switch (s) {
+    case SH_OK:
+        return NULL;
+    case SH_NOSLOT:
+        return "the heap had no free slot, since it had as many processes as it can have";
+    case SH_BUSY:
+        return "another thread was forking, or a process that was stopped kept the heap locked";
+    case SH_SYSTEM:
+        return errno == EBADF ? "its parent had closed the heap's descriptor" : strerror(errno);
+    default:
+        return sh_status_text(s);
+    }
+}
+
 static PyObject *core_before_fork(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
     if (nforking != 0)
         Py_RETURN_NONE;
     forker = PyThread_get_thread_ident();
-    for (struct box *b = state->boxes; b != NULL && nforking < MAX_FORKED; b = b->next) {
-        if (!b->attached || sh_is_forked(&b->ctx) || sh_fork_prepare(&b->ctx) != SH_OK)
-            continue; /* the child finds itself without the heap */
+    for (struct box *b = state->boxes; b != NULL; b = b->next) {
+        if (!b->attached || sh_is_forked(&b->ctx))
+            continue;
+        b->left_behind = nforking == MAX_FORKED ? "a fork takes at most 64 heaps along"
+                                                : obstacle(sh_fork_prepare(&b->ctx));
+        if (b->left_behind != NULL)
+            continue;
         b->refs++;
         b->calls++;
         forking[nforking++] = b;
     }
     Py_RETURN_NONE;
+}
+
+static void leave_behind(const char *why)
+{
+    for (struct box *b = state->boxes; b != NULL; b = b->next)
+        b->left_behind = why;
 }
 
 /* Takes the list, so that a fork may follow while the bells are rung. */
@@ -1855,8 +1893,12 @@ static void end_fork(bool in_child)
     int n = nforking;
     if (PyThread_get_thread_ident() != forker) { /* another thread's fork */
         nforking = in_child ? 0 : nforking;
+        if (in_child)
+            leave_behind("another thread was forking");
         return;
     }
+    if (!in_child)
+        leave_behind(NULL); /* whoever forks without hooks is to be told so */
     memcpy(done, forking, sizeof done);
     for (int i = 0; i < n; i++)
         (in_child ? sh_fork_child : sh_fork_parent)(&done[i]->ctx);

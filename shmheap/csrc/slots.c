@@ -189,14 +189,23 @@ static bool copy_pins(struct sh_ctx *c, struct sh_ctx *child, uint32_t number)
     return n != 0;
 }
 
-static enum sh_status reserve_child_pins(struct sh_ctx *c, struct sh_ctx *child)
+/* On success the child has room for each of our pins, and our process lock is held. */
+static enum sh_status enter_with_child_pins(struct sh_ctx *c, struct sh_ctx *child)
 {
-    while (child->npin_spans < c->npin_spans) {
-        enum sh_status status = sh_pins_cut(child, 60000);
+    for (;;) {
+        enum sh_status status = sh_enter(c, 60000);
+        if (status != SH_OK)
+            return status;
+        sh_pspans_prune(c, SH_KIND_PINS);
+        uint32_t wanted = c->npin_spans;
+        if (wanted <= child->npin_spans)
+            return SH_OK;
+        sh_leave(c); /* other threads may take more pins meanwhile */
+        while (status == SH_OK && child->npin_spans < wanted)
+            status = sh_pins_cut(child, 60000);
         if (status != SH_OK)
             return status;
     }
-    return SH_OK;
 }
 
 static void drop_child(struct sh_ctx *c)
@@ -243,16 +252,11 @@ enum sh_status sh_fork_prepare(struct sh_ctx *c)
     if (c->child == NULL)
         return SH_NOMEM;
     enum sh_status status = find_slot(c->child, true, 60000);
-    while (status == SH_OK) {
-        status = reserve_child_pins(c, c->child);
-        if (status == SH_OK)
-            status = sh_enter(c, 60000);
-        if (status != SH_OK || c->npin_spans <= c->child->npin_spans)
-            break;
-        sh_leave(c); /* another thread took more pins meanwhile */
-    }
+    if (status == SH_OK)
+        status = enter_with_child_pins(c, c->child);
     if (status != SH_OK) {
         drop_child(c);
+        sh_want(c, SH_WANT_REAP); /* what was reserved so far */
         return status;
     }
     for (uint32_t i = 0; i < c->npin_spans; i++)

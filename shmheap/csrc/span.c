@@ -85,6 +85,8 @@ static void pspan_drop(struct sh_ctx *c, struct sh_pspan *s)
         c->pspan_at[s->page] = NULL;
     if (s->kind == SH_KIND_PINS)
         c->pin_spans[s->number] = NULL;
+    while (c->npin_spans != 0 && c->pin_spans[c->npin_spans - 1] == NULL)
+        c->npin_spans--;
     free(s);
 }
 
@@ -112,6 +114,19 @@ struct sh_pspan *sh_pspan_new(struct sh_ctx *c, uint32_t page, uint32_t kind)
 static bool still_ours(const struct sh_ctx *c, const struct sh_pspan *s)
 {
     return sh_span(c, s->page) == s->span;
+}
+
+/* Forgets the spans of a kind that the collector has given back meanwhile: their pages are nobody's
+ * to look at. */
+void sh_pspans_prune(struct sh_ctx *c, uint32_t kind)
+{
+    struct sh_pspan *s = c->shelves[kind].ring[SH_ALL], *next;
+    const struct sh_pspan *last = s ? s->prev[SH_ALL] : NULL;
+    for (; s != NULL; s = next) {
+        next = s == last ? NULL : s->next[SH_ALL];
+        if (!still_ours(c, s))
+            pspan_drop(c, s);
+    }
 }
 
 /* What is free in a span */
@@ -617,12 +632,13 @@ static enum sh_status refill_locked(struct sh_ctx *c, uint32_t kind, int wait_ms
     struct sh_shelf *shelf = &c->shelves[kind];
     if (shelf->ring[SH_AVAIL] != NULL)
         return SH_OK;
-    if (kind == SH_KIND_LEASES && atomic_exchange(&c->slot->leases_taken, 0) &&
-        shelf->ring[SH_ALL]) {
+    if (kind == SH_KIND_LEASES && atomic_exchange(&c->slot->leases_taken, 0)) {
+        sh_pspans_prune(c, kind);
         struct sh_pspan *s = shelf->ring[SH_ALL];
-        do
+        while (s != NULL) {
             scan(c, s);
-        while ((s = s->next[SH_ALL]) != shelf->ring[SH_ALL]);
+            s = s->next[SH_ALL] == shelf->ring[SH_ALL] ? NULL : s->next[SH_ALL];
+        }
     }
     if (kind < SH_NCLASSES && !collect_remote(c, kind))
         return fill_some(c, kind, wait_ms);

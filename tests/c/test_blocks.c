@@ -478,6 +478,41 @@ static void test_orphan_taken_by_two(void)
     stage_end(s);
 }
 
+/* Cells that the collector took back are nobody's to look at: to read them brought their pages
+ * back, and what others had put there was taken for handles. */
+static void test_cells_that_were_given_back(void)
+{
+    enum {
+        N = 5000
+    };
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 10), *copies = calloc(N, sizeof *copies);
+    struct handle *leases = calloc(N, sizeof *leases), last;
+    for (uint32_t i = 0; i < N; i++) {
+        CHECK_OK(sh_repin(&s->a, &r, 1000, &copies[i]));
+        leases[i] = handle_lease(&s->a, &r);
+    }
+    for (uint32_t i = 0; i < N; i++) {
+        block_drop(&s->a, &copies[i]);
+        CHECK_OK(sh_lease_drop(&s->a, leases[i].off, leases[i].gen, leases[i].cell, leases[i].seq,
+                               1000));
+    }
+    collect(&s->lead);
+    release_all(&s->lead);
+    CHECK_OK(sh_fork_prepare(&s->a));
+    CHECK(s->a.child->npin_spans == 1 && "what a child has is room for the handles there are");
+    sh_fork_parent(&s->a);
+    kernel_must_agree(&s->lead);
+    last = handle_lease(&s->a, &r);
+    CHECK_OK(sh_lease_drop(&s->a, last.off, last.gen, last.cell, last.seq, 1000));
+    kernel_must_agree(&s->lead);
+    reap_dead(&s->lead, UINT64_MAX);
+    block_drop(&s->a, &r);
+    free(copies);
+    free(leases);
+    stage_end(s);
+}
+
 /* Somebody is stopped with the heap lock, and goes on later. */
 struct stopped {
     pthread_t thread;
@@ -1003,6 +1038,7 @@ int main(void)
         {"empty_spans_go_back", test_empty_spans_go_back},
         {"orphans", test_orphans},
         {"orphan_taken_by_two", test_orphan_taken_by_two},
+        {"cells_that_were_given_back", test_cells_that_were_given_back},
         {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
         {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},

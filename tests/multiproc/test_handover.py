@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import fcntl
 import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import signal
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 
 import pytest
 from by_hand import HeapByHand
 from processes import METHODS, Worker, rehash
 
-from shmheap import Heap, StaleHandle
+from shmheap import Heap, HeapFull, StaleHandle, _core
 
 MIB = 1 << 20
 SIZES = [1, 100, 5000, 65536, 3 * MIB]
@@ -246,6 +251,87 @@ def test_a_fork_without_hooks_is_refused_and_harms_nobody(hand: HeapByHand) -> N
         worker.do("alloc", "another", 100)
         assert worker.do("check") == []
         worker.end()
+
+
+@contextlib.contextmanager
+def every_slot_taken(hand: HeapByHand) -> Iterator[None]:
+    """The liveness locks of all the slots that are free are held by somebody else."""
+    slots = -(-_core.HEADER_BYTES // 4096) * 4096
+    with open(hand.path, "r+b") as file:
+        lock = struct.pack(
+            "hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, slots + 512, _core.MAX_PROCESSES * 256, 0
+        )
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+        yield
+
+
+@contextlib.contextmanager
+def no_descriptor(hand: HeapByHand) -> Iterator[None]:
+    kept, fd = os.dup(hand.heap._fileno()), hand.heap._fileno()
+    os.close(fd)
+    yield
+    os.dup2(kept, fd, inheritable=False)
+    os.close(kept)
+
+
+def said_in_a_child(heap: Heap) -> str:
+    """What a forked child is told when it uses the heap."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            heap.alloc(1)
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as said:
+        told = said.read().decode()
+    os.waitpid(child, 0)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "said"),
+    [(every_slot_taken, "no free slot"), (no_descriptor, "closed the heap's descriptor")],
+)
+def test_a_child_without_a_slot_was_told_of_missing_hooks(
+    hand: HeapByHand, obstacle: Callable[[HeapByHand], AbstractContextManager[None]], said: str
+) -> None:
+    with obstacle(hand):
+        told = said_in_a_child(hand.heap)
+    assert told.startswith("HeapError: this process was forked while it could not be given a place")
+    assert said in told
+    assert said_in_a_child(hand.heap) == "", "the next one has one"
+    hand.turns_until(lambda: len(hand.steward.slots()) == 1)
+
+
+def test_a_child_of_a_full_heap_was_told_of_missing_hooks(
+    heap_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Heap, "_reclaim", lambda *_: None)
+    with HeapByHand(heap_name, MIB) as small:
+        block = small.heap.put(b"x")
+        copies = []
+        with contextlib.suppress(HeapFull):
+            while True:
+                copies.append(copy.copy(block))
+        assert "while it could not be given a place in the heap: the heap is full" in (
+            said_in_a_child(small.heap)
+        )
+        copies.clear()
+        small.reap()  # what was reserved for the child
+        small.collect()
+        assert said_in_a_child(small.heap) == ""
+        small.turns_until(lambda: len(small.steward.slots()) == 1)
+
+
+def test_a_heap_beyond_those_that_a_fork_takes_along(new_heap_name: Callable[[], str]) -> None:
+    with contextlib.ExitStack() as stack:
+        hands = [stack.enter_context(HeapByHand(new_heap_name(), MIB)) for _ in range(65)]
+        told = [said_in_a_child(hand.heap) for hand in hands[:1]]
+        assert "a fork takes at most 64 heaps along" in told[0]
 
 
 def test_a_handle_of_a_heap_that_is_gone(new_heap_name: object) -> None:
