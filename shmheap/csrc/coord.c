@@ -244,19 +244,26 @@ static bool has_releasing(struct sh_ctx *c, uint32_t page, uint64_t span)
     return false;
 }
 
+static bool is_of_predecessor(const struct sh_ctx *c, uint64_t span)
+{
+    return SH_SPAN_OWNER(span) != SH_OWNER_NONE && SH_SPAN_SLOT(span) == 0 &&
+           SH_SPAN_OWNER(span) != c->owner;
+}
+
 /* What an earlier coordinator was in the middle of. */
-static enum sh_status finish_predecessor(struct sh_ctx *c, uint32_t page, uint64_t span)
+static bool is_unfinished(struct sh_ctx *c, uint32_t page, uint64_t span)
 {
     uint32_t state = SH_SPAN_STATE(span);
-    bool its = SH_SPAN_OWNER(span) != SH_OWNER_NONE && SH_SPAN_SLOT(span) == 0 &&
-               SH_SPAN_OWNER(span) != c->owner;
-    if (state == SH_SMALL && has_releasing(c, page, span) && !its)
+    if (is_of_predecessor(c, span))
+        return state == SH_SMALL || state == SH_RESERVED || state == SH_RELEASING;
+    return state == SH_SMALL && has_releasing(c, page, span);
+}
+
+static enum sh_status finish_predecessor(struct sh_ctx *c, uint32_t page, uint64_t span)
+{
+    if (!is_of_predecessor(c, span))
         return punch_states(c, page, SH_SPAN_NPAGES(span), 1u << SH_UNIT_RELEASING);
-    if (!its)
-        return SH_OK;
-    if (state == SH_SMALL)
-        return end_small(c, page, span);
-    return state == SH_RESERVED || state == SH_RELEASING ? finish_run(c, page, span) : SH_OK;
+    return SH_SPAN_STATE(span) == SH_SMALL ? end_small(c, page, span) : finish_run(c, page, span);
 }
 
 /* Takes over as coordinator. *phase: that of a collection that was under way. Cost: a walk over the
@@ -266,14 +273,21 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
+    bool nobody_looks = false; /* the other may have died between claiming and its handshake */
     enum sh_status status;
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
     c->recount_blocks = c->recount_units = true;
     atomic_store(&c->hdr->borrowed_pages, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
-        status = finish_predecessor(c, page, span);
+        if (!is_unfinished(c, page, span))
+            continue;
+        if (!nobody_looks)
+            status = sh_handshake(c, -1);
+        if (status == SH_OK)
+            status = finish_predecessor(c, page, span);
         if (status != SH_OK)
             return status;
+        nobody_looks = true;
     }
     return status == SH_ABSENT ? sh_give_all(c) : status;
 }

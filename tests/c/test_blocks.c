@@ -613,6 +613,37 @@ static void test_handshake_before_punching(void)
     stage_end(s);
 }
 
+/* Nor does a successor punch what the dead coordinator had claimed before that handshake. */
+static void test_handshake_of_a_successor(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1 << 20);
+    struct sh_walk walk = {0};
+    uint32_t page, phase;
+    uint64_t span;
+    memset(r.data, 7, r.nbytes);
+    block_drop(&s->a, &r);
+    do
+        CHECK_OK(sh_walk_next(&s->lead, &walk, &page, &span));
+    while (SH_SPAN_STATE(span) != SH_FREE);
+    CHECK_OK(sh_heap_lock(&s->lead, 1000));
+    CHECK(sh_pages_take_at(&s->lead, page, span));
+    sh_heap_unlock(&s->lead);
+    sh_set_units(&s->lead, sh_unit_of_page(&s->lead, r.page), 1, SH_UNIT_RELEASING);
+    arena_die(&s->lead);
+    atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
+    CHECK_OK(sh_map(&s->lead, dup(s->fd), true));
+    CHECK_OK(sh_attach_coordinator(&s->lead, 1000));
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_begin(&s->lead, &phase), SH_BUSY);
+    CHECK(all_are(&r, 7));
+    atomic_store(&s->b.slot->lock, 0);
+    CHECK_OK(sh_begin(&s->lead, &phase));
+    must_be_sound(&s->a, EXACT_COUNTS);
+    kernel_must_agree(&s->lead);
+    stage_end(s);
+}
+
 /* A dead holder of a process lock is followed by whoever waits: here by the coordinator. */
 static void test_dead_in_an_operation(void)
 {
@@ -1042,6 +1073,7 @@ int main(void)
         {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
         {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},
+        {"handshake_of_a_successor", test_handshake_of_a_successor},
         {"dead_in_an_operation", test_dead_in_an_operation},
         {"holes", test_holes},
         {"holes_of_every_class", test_holes_of_every_class},

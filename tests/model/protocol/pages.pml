@@ -1,19 +1,21 @@
-/* shmheap, DESIGN.md sections 3, 5 and 6: spans, OS pages (units) and block words, with deaths anywhere.
+/* What happens to a span and its units: spans, OS pages (units) and block words, with deaths anywhere (I-1, I-2, I-3, I-5, I-10).
  *
  * gc.pml shows that counts, leases and the tracing collector agree.  This model takes that for granted (a collection may free
- * whatever was unheld when it began) and asks about the layer below: can a page be handed out twice, punched under somebody,
- * given back twice, or lost?
+ * whatever is unheld and was not counted up since it began) and asks about the layer below: can a page be handed out twice,
+ * punched under somebody, given back twice, read as a hole, or lost?
  *
  * Two workers, a collector with successors, a killer.  Every statement outside atomic{} is one interleaving point; atomic{}
  * is one atomic instruction on one shared word, work under a lock that nobody else can see, or ghost work.
  *
- * The heap has two pages of one unit each.  A span is page 0, page 1, or both.  Block word i belongs to page i whatever the
- * page is cut into, so a stale handle (i, generation) meets every later use of its page.  The one small class has two blocks
- * in a two-page span: block i in unit i, or with -DGEOM=1 block 1 lies across both units.
+ * The heap has two pages of one unit each.  A span is page 0, page 1, or both: LARGE (one block), SMALL (both pages, two
+ * blocks), CELLS (one page of leases or pins, of which one cell is looked at).  Block i of the small class is in unit i, or
+ * with -DGEOM=1 block 1 lies across both units.  Words 0 and 1 are the small blocks', words 2 and 3 those of large blocks that
+ * begin in page 0 and 1: other tables, so an address meets another word whenever its page is cut into something else.
  *
- * Knobs (-D): OPS operations per worker; ACTS free actions of the collector before its closing collections; KILLS and CKILLS
- * deaths of workers and of collectors; INIT the start state (9: any, see init); GEOM; THREADS (the two workers are threads of
- * one process); PLOG (process locks undo span words, too); NOSPC (fallocate may fail); BUG_x breaks one rule. */
+ * Knobs (-D): OPS operations per worker (OPS1: of worker 1); ACTS free actions of the collector before its closing rounds;
+ * KILLS and CKILLS deaths of workers and of collectors; INIT the start state, 0 to 8 (9: any of 0 to 7); GEOM; THREADS (the two
+ * workers are threads of one process); NOSPC (fallocate may fail); CELLS (cells in every start state; INIT=8 has them always);
+ * BUG_x breaks one rule. */
 #ifndef OPS
 #define OPS 1
 #endif
@@ -35,12 +37,16 @@
 #ifndef GEOM
 #define GEOM 0
 #endif
+#if INIT==8 && !defined(CELLS)
+#define CELLS
+#endif
 
 #define NP 2
+#define NW 4
 #define NIL 7
-#define COLL 2                      /* owner names: workers 0 and 1, the collector, nobody */
+#define COLL 2                      /* owners: workers 0 and 1, the collector, nobody */
 #define NONE 3
-#define ORPHANED 9                  /* a robust lock whose holder died */
+#define ORPHANED 9                  /* a lock whose holder died */
 
 /* block word */
 #define FREE 0
@@ -51,51 +57,55 @@
 #define COMMITTED 1
 #define URESERVED 2                 /* being committed by the span's owner */
 #define URELEASING 3                /* being punched by the collector */
-/* span word, of the span's first page */
+/* span record, of the span's first page */
 #define SFREE 0
 #define LARGE 1
 #define INNER 2                     /* second page of a span */
 #define RELEASING 3                 /* the collector's */
 #define RESERVED(o) (8+(o))
 #define SMALL(o) (16+(o))
-#define IS_SMALL(w) ((w)>=16)
-#define IS_LARGE(w) ((w)==LARGE)
+#define CELL(o) (24+(o))            /* PINS or LEASES */
+#define IS_SMALL(w) ((w)>=16 && (w)<24)
+#define IS_CELL(w) ((w)>=24)
 
-byte sp[NP];                        /* span words */
+byte sp[NP];                        /* span records */
 bit onlist[NP];                     /* the page is on a free list */
-byte un[NP];                        /* unit states */
+byte wm[NP];                        /* watermark: the generation that the next block of this page gets */
+byte un[NP]; bit stamp[NP];         /* unit words: state; seen idle */
 bit kern[NP];                       /* what the kernel holds: 1 data, 0 hole */
-bit wpunched[NP];                   /* the metadata page of block word i is a hole */
-byte st[NP], gen[NP], cnt[NP];      /* block words */
+bit wp[NP];                         /* the small block words of this page are a hole */
+byte st[NW], gen[NW], cnt[NW];      /* block words */
+bit tch[NW];                        /* counted up since the collection began */
+bit cell[NP];                       /* CELLS: the one cell that is looked at holds something */
 
-byte pin[2]; byte pg[2];            /* one pin per worker */
-bit tch[NP];                        /* counted up since the collection began */
-byte wire; byte wg;                 /* pickled bytes: live for ever */
+byte pin[2]; byte pg[2];            /* one pin per worker: a word, and its generation */
+byte wire; byte wg;                 /* pickled bytes, an address and a generation: live for ever */
+byte lwire;                         /* where a lease was */
 
 byte pl[2];                         /* process locks: 0, 1 + holder, or ORPHANED */
-byte plog[2]; byte pold[2];         /* with -DPLOG its undo log: 1 + page, old span word */
 byte hl;                            /* the heap lock */
-byte hn, hi, hold;                  /* its undo log: pages (0 = empty), first page, old span word */
+byte hn, hi, hold;                  /* its undo log: pages (0 = empty), first page, old span record */
 
 bit dead[2], done[2], reaped[2]; bit kdone, ckill;
 
 /* ---- what a block lies on ------------------------------------------------------------------------------------------- */
 #define TWO (sp[1]==INNER)          /* pages 0 and 1 are one span */
-#if GEOM==1
-#define COVERS(b,u) ((b)==(u) || ((b)==1 && (u)==0 && TWO && IS_SMALL(sp[0])) || ((b)==0 && (u)==1 && TWO && !IS_SMALL(sp[0])))
+#define PAGES(k) (((k)==0 && TWO) -> 2 : 1)
+#define COVERS(w,u) ((w)==(u) || (w)==(u)+2 || (GEOM==1 && (w)==1 && (u)==0) || ((w)==2 && (u)==1 && TWO))
+#define INUSE(w) ((w)<2 -> IS_SMALL(sp[0]) : sp[((w)<2 -> 0 : (w)-2)]==LARGE)
+#define ALIVE(w) (st[w]==LIVE && INUSE(w))
+#define OK_UNIT(u) (un[u]==COMMITTED && !stamp[u] && kern[u])
+#define USABLE(w) ((!COVERS(w,0) || OK_UNIT(0)) && (!COVERS(w,1) || OK_UNIT(1)))
+#define READY(u) (un[u]==COMMITTED && !stamp[u])
+#ifdef BUG_STRADDLE                 /* looks only at the unit that was just committed, not at all that a block lies in */
+#define WAKEABLE(w) ((w)==0 || READY(1))
 #else
-#define COVERS(b,u) ((b)==(u) || ((b)==0 && (u)==1 && TWO && !IS_SMALL(sp[0])))
+#define WAKEABLE(w) ((!COVERS(w,0) || READY(0)) && (!COVERS(w,1) || READY(1)))
 #endif
-#define OK_UNIT(u) (un[u]==COMMITTED && kern[u])
-#define USABLE(b) ((!COVERS(b,0) || OK_UNIT(0)) && (!COVERS(b,1) || OK_UNIT(1)))
-#define ALL_IN(b) ((!COVERS(b,0) || un[0]==COMMITTED) && (!COVERS(b,1) || un[1]==COMMITTED))
-#ifdef BUG_STRADDLE
-#define WAKEABLE(b,u) (un[u]==COMMITTED && COVERS(b,u))
-#else
-#define WAKEABLE(b,u) ALL_IN(b)
-#endif
-#define UNUSED(u) (!(st[0]==LIVE && COVERS(0,u)) && !(st[1]==LIVE && COVERS(1,u)))
-#define UNIT_ALL_HOLES(u) ((!COVERS(0,u) || st[0]==HOLE) && (!COVERS(1,u) || st[1]==HOLE))
+#define USED(w,u) (ALIVE(w) && COVERS(w,u))
+#define UNUSED(u) (!USED(0,u) && !USED(1,u) && !USED(2,u) && !USED(3,u) && !(IS_CELL(sp[u]) && cell[u]))
+#define NONE_LIVES(u) (!(st[0]==LIVE && COVERS(0,u)) && !(st[1]==LIVE && COVERS(1,u)))
+#define ALL_HOLES(u) ((!COVERS(0,u) || st[0]==HOLE) && (!COVERS(1,u) || st[1]==HOLE))
 #define EMPTY (st[0]!=LIVE && st[1]!=LIVE)
 #define BUSY(u) (un[u]==URESERVED || un[u]==URELEASING)
 #ifdef BUG_TAKE_BUSY
@@ -110,42 +120,37 @@ bit dead[2], done[2], reaped[2]; bit kdone, ckill;
 #define O(p) p
 #define GONE(p) (dead[p] && done[p])
 #endif
-#define PINNED(p,b) (!reaped[p] && pin[p]==(b) && pg[p]==gen[b])
-#define HELD(b) (PINNED(0,b) || PINNED(1,b))
+#define PINNED(p,w) (!reaped[p] && pin[p]==(w) && pg[p]==gen[w])
+#define HELD(w) (PINNED(0,w) || PINNED(1,w))
+#define MAX(x,y) ((x)>(y) -> (x) : (y))
 
 /* ---- locks ---------------------------------------------------------------------------------------------------------- */
-inline recover_p(p_) {               /* the taker of an orphaned lock rolls the unfinished operation back */
-  if :: pl[p_]==ORPHANED && plog[p_]!=0 -> sp[plog[p_]-1]=pold[p_] :: else fi; plog[p_]=0; pold[p_]=0
-}
-inline recover_h() {
+inline recover_h() {                /* the taker of an orphaned heap lock rolls the unfinished operation back (I-3) */
   if
+#ifndef BUG_NO_ROLLBACK
   :: hl==ORPHANED && hn!=0 ->
      sp[hi]=hold;
      if :: hold==SFREE -> onlist[hi]=1; if :: hn==2 -> sp[1]=SFREE; onlist[1]=1 :: else fi
         :: else -> onlist[hi]=0; if :: hn==2 -> sp[1]=INNER; onlist[1]=0 :: else fi
      fi
+#endif
   :: else
   fi;
   hn=0; hi=0; hold=0
 }
-inline lock(p_,me_) { atomic { (pl[p_]==0 || pl[p_]==ORPHANED) -> recover_p(p_); pl[p_]=1+me_ } }
-inline unlock(p_) { atomic { plog[p_]=0; pold[p_]=0; pl[p_]=0 } }
-#ifdef PLOG
-inline set_span(p_,k_,w_) { atomic { plog[p_]=k_+1; pold[p_]=sp[k_]; sp[k_]=w_ } }
-#else
-inline set_span(p_,k_,w_) { sp[k_]=w_ }
-#endif
+inline lock(p_,me_) { atomic { (pl[p_]==0 || pl[p_]==ORPHANED) -> pl[p_]=1+me_ } }    /* nothing to repair: no log */
+inline unlock(p_) { pl[p_]=0 }
 #define HFREE (hl==0 || hl==ORPHANED)
 inline log_h(k_,n_) { hi=k_; hn=n_; hold=sp[k_] }
 #ifdef BUG_LOOK_UNLOCKED
 #define look(k,w_) w_=sp[k]
 #else
-#define look(k,w_) atomic { HFREE -> recover_h(); hl=0; w_=sp[k] }   /* never what an unfinished operation wrote */
+#define look(k,w_) atomic { HFREE -> recover_h(); hl=0; w_=sp[k] }   /* sh_walk_next: never what an unfinished operation wrote */
 #endif
 inline hunlock() { atomic { hn=0; hi=0; hold=0; hl=0 } }
 
-/* ---- free lists, under the heap lock: one step that changes, one that commits ------------------------------------------ */
-inline take(me_,w_) {               /* need: 1 or 2 pages; k: first page, n: pages, n = 0: none */
+/* ---- free lists, under the heap lock: two steps that change, one that commits ------------------------------------------ */
+inline take(me_,w_) {               /* sh_pages_take. need: 1 or 2 pages; k: first page, n: pages, n = 0: none */
   atomic { HFREE -> recover_h();
     if
     :: need==1 && onlist[0] -> k=0; n=1
@@ -155,57 +160,65 @@ inline take(me_,w_) {               /* need: 1 or 2 pages; k: first page, n: pag
     fi;
     if
     :: n!=0 ->
-       assert(sp[k]==SFREE && (n==1 || sp[1]==SFREE));            /* what a list holds is free: no double ownership */
-       hl=1+me_; log_h(k,n); sp[k]=w_; onlist[k]=0;
-       if :: n==2 -> sp[1]=INNER; onlist[1]=0 :: else fi
+       assert(sp[k]==SFREE && (n==1 || sp[1]==SFREE));            /* what a list holds is free: no page belongs to two */
+       hl=1+me_; log_h(k,n); onlist[k]=0; if :: n==2 -> onlist[1]=0 :: else fi
     :: else -> hl=0
     fi };
-  if :: n!=0 -> hunlock() :: else fi
+  if :: n!=0 -> atomic { sp[k]=w_; if :: n==2 -> sp[1]=INNER :: else fi }; hunlock() :: else fi
 }
-inline put(me_,k_,n_,w_) {              /* the span goes back: merge with the neighbour is implied */
+inline put(me_,k_,n_,w_) {          /* sh_pages_give: merging with neighbours is implied */
   atomic { HFREE -> recover_h();
-    assert(sp[k_]==w_ && (n_==1 || sp[1]==INNER));                /* no double free of a span */
+    assert(sp[k_]==w_ && (n_==1 || sp[1]==INNER));                /* still its giver's */
     assert(!onlist[k_] && (n_==1 || !onlist[1]));
     assert(!BUSY(k_) && (n_==1 || !BUSY(1)));
-    hl=1+me_; log_h(k_,n_); sp[k_]=SFREE; onlist[k_]=1;
-    if :: n_==2 -> sp[1]=SFREE; onlist[1]=1 :: else fi };
+    assert(!cell[k_] && (n_==1 || !cell[1]));                     /* and nothing in it is held */
+    hl=1+me_; log_h(k_,n_); onlist[k_]=1; if :: n_==2 -> onlist[1]=1 :: else fi };
+  atomic { sp[k_]=SFREE; if :: n_==2 -> sp[1]=SFREE :: else fi };
   hunlock()
 }
-#define PAGES(k) (((k)==0 && TWO) -> 2 : 1)
 
 /* ---- block words ---------------------------------------------------------------------------------------------------- */
-inline word(b_) { assert(!wpunched[b_]) }                             /* every access to a block word or its hint bit */
-inline count_down(b_,g_) {            /* the CAS; won: this was the last */
-  atomic { word(b_); won=0;
-    if :: st[b_]==LIVE && gen[b_]==g_ -> cnt[b_]=cnt[b_]-1;
-            if :: cnt[b_]==0 -> st[b_]=FREE; gen[b_]=gen[b_]+1; won=1 :: else fi
+inline word(x_) { assert(x_>=2 || !wp[x_]) }                          /* an access to a small block's word is not to a hole */
+inline count_down(x_,g_) {            /* the CAS; won: this was the last */
+  atomic { word(x_); won=0;
+    if :: st[x_]==LIVE && gen[x_]==g_ -> cnt[x_]=cnt[x_]-1;
+            if :: cnt[x_]==0 -> st[x_]=FREE; gen[x_]=gen[x_]+1; won=1 :: else fi
        :: else fi }
 }
-inline punch(u_) { atomic { assert(UNUSED(u_)); kern[u_]=0 } }
+#define ADDRESS(w) ((w)%2)
+inline come_alive(x_) {               /* with count 1; a handle of an older block of this address must not fit */
+  st[x_]=LIVE; cnt[x_]=1; tch[x_]=1;
+  assert(!(wire==ADDRESS(x_) && wg==gen[x_]));
+  assert(USABLE(x_))
+}
+#ifdef BUG_GEN_RESTART
+#define keep_small() skip             /* sh_span_keep_generations: the words die with the span, their generations must not */
+#define keep_large(k_) skip
+#else
+#define keep_small() wm[0]=MAX(gen[0],gen[1]); wm[1]=MAX(gen[0],gen[1])
+#define keep_large(k_) wm[k_]=gen[(k_)+2]
+#endif
+inline wake(x_) { atomic { word(x_); if :: st[x_]==HOLE && WAKEABLE(x_) -> st[x_]=FREE :: else fi } }   /* claim_free */
 
 /* ---- workers -------------------------------------------------------------------------------------------------------- */
 #define MY_SMALL SMALL(O(p))
+#define MY_CELL CELL(O(p))
 #define MY_RESERVED RESERVED(O(p))
-inline commit(u_) {                 /* I-5; the span is RESERVED by this process, so nobody else looks at its units */
+inline commit(u_) {                 /* sh_pages_commit (I-5): the span is RESERVED by this process */
   if
-  :: un[u_]==RELEASED -> kern[u_]=1; un[u_]=COMMITTED
+  :: un[u_]==RELEASED -> un[u_]=URESERVED;
+     kern[u_]=1;
+     atomic { assert(un[u_]==URESERVED && kern[u_]); un[u_]=COMMITTED }
 #ifdef NOSPC
-  :: un[u_]==RELEASED -> ok=0
+  :: un[u_]==RELEASED -> un[u_]=URESERVED; kern[u_]=1; kern[u_]=0; un[u_]=RELEASED; ok=0
 #endif
-  :: else -> assert(un[u_]==COMMITTED)
+  :: un[u_]!=RELEASED -> assert(un[u_]==COMMITTED); stamp[u_]=0
   fi
 }
-inline wake(b_) { atomic { if :: st[b_]==HOLE && WAKEABLE(b_,u) -> word(b_); st[b_]=FREE :: else fi } }
 inline forget() { atomic { k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0 } }
-inline claim(b_) { st[b_]=LIVE; cnt[b_]=1; tch[b_]=1; assert(USABLE(b_)) }
 
-#ifdef BUG_GEN_RESTART
-#define FRESH_WORD(b) gen[b]=0      /* words come back from a hole as zeros, no watermark */
-#else
-#define FRESH_WORD(b) skip
-#endif
 #ifdef BUG_ALLOC_NO_CHECK
-#define STILL_MINE true             /* X trusts its list and does not look at the span word again */
+#define STILL_MINE true             /* trusts its bitmap and does not look at the span record again */
 #else
 #define STILL_MINE (sp[0]==MY_SMALL)
 #endif
@@ -217,124 +230,179 @@ proctype worker(byte p) {
   :: c<(p==0 -> OPS : OPS1) ->
     c++;
     if
-    :: atomic { pin[p]==NIL -> w=LARGE; if :: need=1 :: need=2 fi }; goto alloc_span       /* allocate a large block */
+    :: atomic { pin[p]==NIL -> w=LARGE; if :: need=1 :: need=2 fi }; goto cut              /* allocate a large block */
+#ifdef CELLS
+    :: atomic { w=MY_CELL; need=1 }; goto cut                                              /* a span of pins or leases */
+#endif
     :: atomic { w=MY_SMALL; need=2 };                                                      /* cut a small span */
-alloc_span:
-       take(p,MY_RESERVED);
+cut:   take(p,MY_RESERVED);
        if
        :: n!=0 ->
           ok=1;
-          atomic { wpunched[k]=0; FRESH_WORD(k); if :: n==2 -> wpunched[1]=0; FRESH_WORD(1) :: else fi };
-          commit(k);
-          if :: n==2 && ok -> commit(1) :: else fi;
           if
-          :: ok && w==LARGE ->
+          :: w==MY_SMALL -> atomic { wp[0]=0; wp[1]=0; stamp[0]=0; stamp[1]=0; st[0]=HOLE; st[1]=HOLE;   /* init_words */
+                                     gen[0]=MAX(wm[0],wm[1]); gen[1]=gen[0]; cnt[0]=0; cnt[1]=0 }
+          :: else -> commit(k); if :: n==2 && ok -> commit(1) :: else fi
+          fi;
+          if
+          :: ok && w==LARGE ->                                                             /* publish_large */
              lock(O(p),p);
+             atomic { gen[k+2]=wm[k]; assert(sp[k]==MY_RESERVED) };
 #ifdef BUG_LARGE_FIRST
-             set_span(O(p),k,LARGE);
-             atomic { word(k); claim(k) };
+             st[k+2]=FREE; sp[k]=LARGE;
+             atomic { come_alive(k+2) };
 #else
-             atomic { word(k); assert(st[k]!=LIVE); claim(k) };    /* the block word first: LARGE is never over a FREE word ... */
-             assert(sp[k]==MY_RESERVED);
-             set_span(O(p),k,LARGE);                               /* ... but between a last free and its next step */
+             atomic { come_alive(k+2) };                           /* the block word first: where LARGE stands over a FREE */
+             sp[k]=LARGE;                                          /* word, a block is being freed, or a death left it so */
 #endif
-             atomic { assert(st[k]==LIVE); pin[p]=k; pg[p]=gen[k] };
+             atomic { assert(ALIVE(k+2)); pin[p]=k+2; pg[p]=gen[k+2] };
              unlock(O(p))
-          :: ok && w!=LARGE ->
+          :: ok && w==MY_SMALL ->                                                          /* publish */
              lock(O(p),p);
-             atomic { word(0); word(1); assert(EMPTY); st[0]=FREE; st[1]=FREE };
-             set_span(O(p),0,MY_SMALL);
+             atomic { assert(sp[0]==MY_RESERVED); sp[0]=MY_SMALL };
+             wake(0); wake(1);
              unlock(O(p))
-          :: else -> put(p,k,n,MY_RESERVED)
+          :: ok && w==MY_CELL ->
+             lock(O(p),p);
+             atomic { assert(sp[k]==MY_RESERVED && OK_UNIT(k)); cell[k]=0; sp[k]=MY_CELL };
+             unlock(O(p))
+          :: !ok -> put(p,k,n,MY_RESERVED)
           fi
        :: else
        fi
-    :: pin[p]!=NIL ->                                                                      /* drop the pin */
+    :: pin[p]!=NIL ->                                                                      /* drop the pin: sh_unpin */
        lock(O(p),p);
-       atomic { b=pin[p]; g=pg[p]; assert(st[b]==LIVE && gen[b]==g); assert(USABLE(b)); w=sp[b] };
+       atomic { b=pin[p]; g=pg[p]; assert(ALIVE(b) && gen[b]==g); assert(USABLE(b)) };
        atomic { pin[p]=NIL; pg[p]=0 };
        count_down(b,g);
        if
-       :: won && w==LARGE ->
+       :: won && b>=2 ->                                                                   /* sh_block_freed, sh_flush */
+          atomic { assert(sp[b-2]==LARGE); k=b-2; n=PAGES(k); keep_large(k) };
 #ifdef BUG_LIST_FIRST
-          put(p,b,PAGES(b),LARGE); sp[b]=MY_RESERVED; unlock(O(p))
+          put(p,k,n,LARGE); sp[k]=MY_RESERVED; unlock(O(p))
 #else
-          atomic { assert(sp[b]==LARGE); n=PAGES(b) };
-          set_span(O(p),b,MY_RESERVED);
+          sp[k]=MY_RESERVED;
           unlock(O(p));
-          put(p,b,n,MY_RESERVED)
+          put(p,k,n,MY_RESERVED)
 #endif
-       :: won && w!=LARGE -> word(b); unlock(O(p))                                         /* the hint bit */
-       :: !won -> unlock(O(p))
+       :: else -> unlock(O(p))
        fi
-    :: sp[0]==SMALL(NONE) ->                                                               /* adopt an orphan */
+    :: sp[0]==SMALL(NONE) ->                                                               /* adopt, publish */
        atomic { HFREE -> recover_h();
          if :: sp[0]==SMALL(NONE) -> hl=1+p; log_h(0,2); sp[0]=MY_SMALL; ok=1 :: else -> hl=0 fi };
-       if :: ok -> hunlock() :: else fi;
        if
-#ifdef BUG_ADOPT_RESTORES
-       :: ok -> lock(O(p),p); sp[0]=MY_SMALL; unlock(O(p))       /* says again what may have changed since */
+       :: ok -> hunlock();
+          lock(O(p),p);
+#ifdef BUG_PUBLISH_BLINDLY
+          sp[0]=MY_SMALL; wake(0); wake(1);                        /* writes the record again without looking */
+#else
+          if :: sp[0]==MY_SMALL -> sp[0]=MY_SMALL; wake(0); wake(1) :: else fi;   /* or the collector found it empty first */
 #endif
+          unlock(O(p))
        :: else
        fi
-    :: sp[0]==MY_SMALL && pin[p]==NIL ->                                                   /* allocate a small block */
+    :: sp[0]==MY_SMALL && pin[p]==NIL ->                                                   /* sh_alloc_fast */
        lock(O(p),p);
        if
        :: STILL_MINE ->
           if :: b=0 :: b=1 fi;
-          atomic { word(b); if :: st[b]==FREE -> claim(b); ok=1 :: else fi };
+          atomic { word(b); if :: st[b]==FREE -> come_alive(b); assert(ALIVE(b)); ok=1 :: else fi };
           if :: ok -> atomic { pin[p]=b; pg[p]=gen[b] } :: else fi
        :: else
        fi;
        unlock(O(p))
-    :: sp[0]==MY_SMALL && (st[0]==HOLE || st[1]==HOLE) ->                                  /* refill from a unit */
-       if :: u=0 :: u=1 fi;
+    :: sp[0]==MY_SMALL && (st[0]==HOLE || st[1]==HOLE) ->                                  /* fill */
        lock(O(p),p);
        if
-       :: sp[0]==MY_SMALL && un[u]==RELEASED ->
+       :: sp[0]==MY_SMALL ->
+          u=0;
+          do
+          :: u<NP -> atomic { if :: un[u]==COMMITTED -> stamp[u]=0
+                                 :: un[u]==RELEASED -> n=n|(1<<u);
 #ifndef BUG_NO_URESERVED
-          un[u]=URESERVED;
+                                    un[u]=URESERVED
 #endif
+                                 :: else fi; u++ }
+          :: else -> break
+          od;
           unlock(O(p));
-          if :: kern[u]=1; ok=1
+          u=0;
+          do
+          :: u<NP -> if :: n&(1<<u) -> if :: kern[u]=1; b=b|(1<<u)                                    /* b: the units that it got */
 #ifdef NOSPC
-             :: ok=0
+                                          :: kern[u]=1; kern[u]=0
 #endif
-          fi;
+                                       fi :: else fi; u++
+          :: else -> break
+          od;
           lock(O(p),p);
+          u=0;
+          do
+          :: u<NP -> atomic { if :: n&(1<<u) ->
+                                    assert(IS_SMALL(sp[0]));       /* nobody else's before this is done */
 #ifndef BUG_NO_URESERVED
-          assert(sp[0]==MY_SMALL && un[u]==URESERVED);
+                                    assert(un[u]==URESERVED);
 #endif
-          if :: ok -> un[u]=COMMITTED; wake(0); wake(1) :: else -> un[u]=RELEASED fi
-       :: sp[0]==MY_SMALL && un[u]==COMMITTED -> wake(0); wake(1)
+                                    un[u]=(b&(1<<u) -> COMMITTED : RELEASED) :: else fi; u++ }
+          :: else -> break
+          od;
+#ifdef BUG_FILL_NO_LOOK
+          wake(0); wake(1)
+#else
+          if :: sp[0]==MY_SMALL -> wake(0); wake(1) :: else fi
+#endif
        :: else
        fi;
        unlock(O(p))
-    :: sp[0]==MY_SMALL && EMPTY ->                                                         /* return an empty span */
+    :: sp[0]==MY_SMALL && EMPTY ->                                                         /* sh_pspan_push: an empty span */
        lock(O(p),p);
        if
        :: sp[0]==MY_SMALL && EMPTY && AT_REST ->
-          set_span(O(p),0,MY_RESERVED);
+          atomic { keep_small() }; sp[0]=MY_RESERVED;
           unlock(O(p));
           put(p,0,2,MY_RESERVED)
        :: else -> unlock(O(p))
        fi
-    :: pin[p]!=NIL && wire!=pin[p] -> atomic { wire=pin[p]; wg=pg[p] }                     /* pickle */
-    :: wire!=NIL && pin[p]==NIL ->                                                         /* look a handle up */
+    :: pin[p]!=NIL && !(wire==ADDRESS(pin[p]) && wg==pg[p]) -> atomic { wire=ADDRESS(pin[p]); wg=pg[p] }     /* pickle */
+    :: wire!=NIL && pin[p]==NIL ->                                                         /* look a handle up: sh_adopt */
        lock(O(p),p);
-       atomic { b=wire; g=wg; w=sp[b] };
-       if :: w==INNER -> w=sp[0]; if :: !IS_SMALL(w) -> w=SFREE :: else fi :: else fi;
+       atomic { b=wire; g=wg; w=sp[b] };                                                   /* span_of_page */
+       if :: w==INNER -> w=sp[0]; if :: IS_SMALL(w) :: else -> w=SFREE fi :: else fi;
        if
        :: IS_SMALL(w) || w==LARGE ->
-          if
-          :: atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> cnt[b]=cnt[b]+1; tch[b]=1; ok=1 :: else fi };
-             if :: ok -> atomic { assert(USABLE(b)); pin[p]=b; pg[p]=g } :: else fi
-          :: atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> ok=1 :: else fi };        /* only looks at its bytes: */
-             if :: ok -> assert(kern[b]) :: else fi                                        /* a hole must not be read */
-          fi
+          b=(w==LARGE -> b+2 : b);
+          atomic { word(b); if :: st[b]==LIVE && gen[b]==g -> cnt[b]=cnt[b]+1; tch[b]=1; ok=1 :: else fi };
+          if :: ok -> atomic { assert(ALIVE(b)); assert(USABLE(b)); pin[p]=b; pg[p]=g } :: else fi
        :: else
        fi;
        unlock(O(p))
+#ifdef CELLS
+    :: (sp[0]==MY_CELL || sp[1]==MY_CELL) ->                                               /* write a lease, or clear a pin */
+       if :: k=0 :: k=1 fi;
+       lock(O(p),p);
+       if
+       :: sp[k]==MY_CELL && !cell[k] -> atomic { assert(OK_UNIT(k)); cell[k]=1; lwire=k }
+       :: sp[k]==MY_CELL && cell[k] -> cell[k]=0
+       :: else
+       fi;
+       unlock(O(p))
+    :: (sp[0]==MY_CELL || sp[1]==MY_CELL) ->                                               /* give cells back */
+       if :: k=0 :: k=1 fi;
+       lock(O(p),p);
+       if
+       :: sp[k]==MY_CELL && !cell[k] -> sp[k]=MY_RESERVED; unlock(O(p)); put(p,k,1,MY_RESERVED)
+       :: else -> unlock(O(p))
+       fi
+    :: lwire!=NIL ->                                                                       /* take_lease */
+       lock(O(p),p);
+       k=lwire; ok=IS_CELL(sp[k]);
+       if
+       :: ok -> assert(kern[k]);                                   /* the cell is read: a hole must not be */
+          atomic { if :: IS_CELL(sp[k]) && cell[k] -> cell[k]=0 :: else fi }   /* its value is of that lease alone */
+       :: else
+       fi;
+       unlock(O(p))
+#endif
     fi;
     forget()
   :: else -> break
@@ -347,11 +415,10 @@ alloc_span:
 }
 
 /* ---- the collector -------------------------------------------------------------------------------------------------- */
-inline handshake() {                /* whatever ran under a process lock when this began is over, or rolled back */
-  atomic { (pl[0]==0 || pl[0]==ORPHANED) -> recover_p(0); pl[0]=0 };
-  atomic { (pl[1]==0 || pl[1]==ORPHANED) -> recover_p(1); pl[1]=0 }
+inline handshake() {                /* whatever ran under a process lock when this began is over */
+  atomic { (pl[0]==0 || pl[0]==ORPHANED) -> pl[0]=0 };
+  atomic { (pl[1]==0 || pl[1]==ORPHANED) -> pl[1]=0 }
 }
-inline settle() { atomic { HFREE -> recover_h(); hl=0 } }         /* the same for the heap lock */
 #ifdef BUG_PUNCH_NO_HANDSHAKE
 #define free_handshake() skip
 #else
@@ -362,234 +429,293 @@ inline settle() { atomic { HFREE -> recover_h(); hl=0 } }         /* the same fo
 #else
 #define hole_handshake() handshake()
 #endif
-#ifdef BUG_DEAD_NO_HANDSHAKE
-#define dead_handshake() skip
+#ifdef BUG_REAP_NO_HANDSHAKE
+#define reap_handshake() skip
 #else
-#define dead_handshake() handshake()
+#define reap_handshake() handshake()
 #endif
-inline punch_unit(u_) { atomic { assert(UNUSED(u_)); kern[u_]=0 }; un[u_]=RELEASED }
-
-/* Nothing goes from RELEASING to FREE but here.  hard: the books of its units are not to be trusted (the owner died). */
-inline finish() {
-  n=PAGES(k);
-  if
-  :: !hard && !BUSY(k) && (n==1 || !BUSY(1))                       /* given back as it is: it will age */
-  :: true ->
-     free_handshake();
-     atomic { wpunched[k]=1; if :: n==2 -> wpunched[1]=1 :: else fi };
-     u=k;
-     do :: u<k+n -> punch_unit(u); u++ :: else -> break od
-  fi;
-  put(COLL,k,n,RELEASING)
+#ifdef BUG_BEGIN_NO_HANDSHAKE
+#define begin_handshake() skip
+#else
+#define begin_handshake() handshake()
+#endif
+inline punch(u_) {                  /* punch_all; the books say URELEASING from before until after */
+  atomic { assert(un[u_]==URELEASING); assert(UNUSED(u_)); kern[u_]=0 };
+  atomic { assert(un[u_]==URELEASING && !kern[u_]); un[u_]=RELEASED; stamp[u_]=0 }
 }
-inline reset_word(b_) { if :: st[b_]==LIVE && !wpunched[b_] -> st[b_]=FREE; cnt[b_]=0 :: else fi }
+inline redo(u_) { un[u_]=URELEASING; punch(u_) }
 
-/* An owned span is guarded by its owner's lock; an orphan the collector makes its own for that while.  w: the word seen. */
-inline guard() {
-  look(0,w); ok=0;
+inline give_all() {                 /* runs put aside: after sh_begin, whatever has the collector's name is this collector's */
+  k=0;
+  do
+  :: k<NP -> if :: sp[k]==RESERVED(COLL) || sp[k]==RELEASING -> w=sp[k]; n=PAGES(k); put(COLL,k,n,w) :: else fi; k++
+  :: else -> break
+  od
+}
+/* RESERVED by the dead: all of it is punched.  RELEASING by a dead collector: what was begun is done again. */
+inline finish_run(hard_) {
+  n=PAGES(k); sp[k]=RELEASING;
+#ifndef BUG_NO_REDO
+  u=k;
+  do :: u<k+n -> if :: BUSY(u) || (hard_ && un[u]==COMMITTED) -> redo(u) :: else fi; u++ :: else -> break od
+#endif
+}
+inline make_orphan() { atomic { HFREE -> recover_h(); hl=1+COLL; log_h(0,2); sp[0]=SMALL(NONE) }; hunlock() }
+/* A small span whose owner is dead: what is half done is undone; then empty ones go back, others become orphans. */
+inline end_small() {
+#ifndef BUG_END_NO_PUNCH
+  u=0;
+  do :: u<NP -> if :: BUSY(u) -> redo(u) :: else fi; u++ :: else -> break od;
+#endif
+  if :: EMPTY -> atomic { keep_small() }; sp[0]=RELEASING :: else -> make_orphan() fi
+}
+
+/* sh_begin: what an earlier collector was in the middle of. */
+inline begin() {
+  begin_handshake();
+#ifndef BUG_NO_BEGIN
+  k=0;
+  do
+  :: k<NP ->
+     look(k,w);
+     if
+     :: w==SMALL(COLL) -> end_small()
+     :: IS_SMALL(w) && w!=SMALL(COLL) -> u=0; do :: u<NP -> if :: un[u]==URELEASING -> punch(u) :: else fi; u++ :: else -> break od
+     :: w==RESERVED(COLL) -> finish_run(true)
+     :: w==RELEASING -> finish_run(false)
+     :: else
+     fi;
+     k++
+  :: else -> break
+  od;
+  give_all()
+#endif
+}
+
+/* sh_hold_small: an owned span is guarded by its owner's lock; an orphan the collector makes its own for that while. */
+inline guard(k_) {                   /* w: the record seen */
+  look(k_,w); ok=0;
   if
-  :: w==SMALL(0) || w==SMALL(1) -> lock(w-16,COLL); if :: sp[0]==w -> ok=1 :: else -> unlock(w-16) fi
+  :: w==SMALL(0) || w==SMALL(1) || w==CELL(0) || w==CELL(1) -> lock(w%8,COLL); if :: sp[k_]==w -> ok=1 :: else -> unlock(w%8) fi
   :: w==SMALL(NONE) ->
      atomic { HFREE -> recover_h(); if :: sp[0]==w -> hl=1+COLL; log_h(0,2); sp[0]=SMALL(COLL); ok=1 :: else -> hl=0 fi };
      if :: ok -> hunlock() :: else fi
   :: else
   fi
 }
-inline make_orphan() { atomic { HFREE -> recover_h(); hl=1+COLL; log_h(0,2); sp[0]=SMALL(NONE) }; hunlock() }
-inline unguard() {
+inline let_go() {                   /* sh_let_small, or sh_let_owner where the span is no small span any more */
   if
   :: w==SMALL(NONE) -> if :: sp[0]==SMALL(COLL) -> make_orphan() :: else fi
-  :: else -> unlock(w-16)
+  :: else -> unlock(w%8)
   fi
 }
-/* A small span whose owner is dead: what is half done is undone; then empty ones go back, others become orphans. */
-inline end_small() {
-  u=0;
-#ifndef BUG_REAP_NO_PUNCH
-  do :: u<NP -> if :: BUSY(u) -> un[u]=URELEASING; punch_unit(u) :: else fi; u++ :: else -> break od;
-#endif
-  if :: EMPTY -> sp[0]=RELEASING :: else -> make_orphan() fi
-}
-
-inline unpin(x_) {
+inline unpin(x_) {                  /* drop_cell */
   atomic { b=pin[x_]; g=pg[x_]; pin[x_]=NIL; pg[x_]=0 };
   if
-  :: b!=NIL -> w=sp[b]; count_down(b,g); if :: won && w==LARGE -> sp[b]=RELEASING :: else fi
+  :: b!=NIL -> count_down(b,g); if :: won && b>=2 -> atomic { keep_large(b-2) }; sp[b-2]=RESERVED(COLL) :: else fi
   :: else
   fi
 }
-inline reap(x_) {
-#ifndef BUG_REAP_UNRECOVERED
-  settle();
-#endif
-  dead_handshake();
+inline reap(x_) {                   /* sh_reap: first what the process held, then what it owned */
   unpin(x_);
 #ifdef THREADS
   unpin(1); reaped[1]=1;
 #endif
   k=0;
   do
+  :: k<NP -> look(k,w); if :: w==CELL(O(x_)) -> cell[k]=0; sp[k]=RELEASING :: else fi; k++
+  :: else -> break
+  od;
+  give_all();
+  reap_handshake();
+  k=0;
+  do
   :: k<NP ->
+     look(k,w);
      if
-     :: sp[k]==RESERVED(O(x_)) ->
-        atomic { reset_word(k); if :: PAGES(k)==2 -> reset_word(1) :: else fi };   /* LIVE, if the death came before the span word */
-        hard=1; sp[k]=RELEASING
-     :: sp[k]==SMALL(O(x_)) ->
-        end_small()
+     :: w==RESERVED(O(x_)) -> finish_run(true)
+     :: w==SMALL(O(x_)) -> end_small()
      :: else
      fi;
      k++
   :: else -> break
   od;
+  give_all();
   reaped[x_]=1
 }
-inline sweep_block(b_) {            /* what gc.pml allows: LIVE, unheld when the collection began, not counted up since */
+inline sweep_word(x_) {             /* what gc.pml allows */
   atomic { won=0;
-    if :: st[b_]==LIVE && !HELD(b_) && !tch[b_] -> word(b_); st[b_]=FREE; cnt[b_]=0; gen[b_]=gen[b_]+1; won=1 :: else fi }
+    if :: st[x_]==LIVE && !HELD(x_) && !tch[x_] -> word(x_); st[x_]=FREE; cnt[x_]=0; gen[x_]=gen[x_]+1; won=1 :: else fi }
 }
 inline sweep() {
-  atomic { tch[0]=0; tch[1]=0 }; handshake();                     /* all that gc.pml does before SWEEP */
+  atomic { tch[0]=0; tch[1]=0; tch[2]=0; tch[3]=0 }; handshake();   /* all that gc.pml does before SWEEP */
   k=0;
   do
   :: k<NP ->
      look(k,w);
      if
      :: w==LARGE ->
-        g=gen[k]; ok=(st[k]==FREE);
-        sweep_block(k);
+        sweep_word(k+2);
         if
-        :: won -> assert(sp[k]==LARGE); sp[k]=RELEASING
-        :: !won && ok ->                                           /* LARGE over a FREE word: being freed, or lost */
-#ifndef BUG_LOST_NO_HANDSHAKE
-           handshake();
+        :: won -> atomic { assert(sp[k]==LARGE); keep_large(k) }; sp[k]=RESERVED(COLL)
+        :: else ->
+           atomic { ok=(st[k+2]!=LIVE); g=gen[k+2] };              /* suspect */
+           if :: ok -> ok=(sp[k]==LARGE) :: else fi;
+           if
+           :: ok ->                                                /* judge_suspects */
+#ifndef BUG_JUDGE_NO_HANDSHAKE
+              handshake();
 #endif
-#ifdef BUG_LOST_WORD_FIRST
-           ok=(st[k]==FREE && gen[k]==g);
-           if :: ok -> atomic { if :: sp[k]==LARGE -> sp[k]=RELEASING :: else fi } :: else fi
+#ifdef BUG_JUDGE_WORD_FIRST
+              ok=(st[k+2]==FREE && gen[k+2]==g);
+              if :: ok -> ok=(sp[k]==LARGE) :: else fi;
 #else
-           ok=(sp[k]==LARGE);                                      /* the span word first: LARGE over one FREE word all along */
-           if :: ok -> ok=(st[k]==FREE && gen[k]==g) :: else fi;
-           if :: ok -> atomic { assert(sp[k]==LARGE); sp[k]=RELEASING } :: else fi
+              ok=(sp[k]==LARGE);                                   /* the record first: it was written after the word */
+              if :: ok -> ok=(st[k+2]==FREE && gen[k+2]==g) :: else fi;
 #endif
-        :: else
+              if :: ok -> atomic { if :: sp[k]==LARGE -> assert(st[k+2]!=LIVE); sp[k]=RELEASING :: else -> ok=0 fi } :: else fi;
+              if :: ok -> atomic { keep_large(k) } :: else fi
+           :: else
+           fi
         fi
-     :: IS_SMALL(w) -> sweep_block(0); sweep_block(1)
+     :: IS_SMALL(w) -> sweep_word(0); sweep_word(1)
      :: else
      fi;
      k++
   :: else -> break
-  od
+  od;
+  give_all()
 }
-inline give_back() {
+inline end_span() {                 /* and end_cells */
+  guard(k);
   if
-  :: EMPTY && AT_REST ->
-     if :: w==SMALL(NONE) -> sp[0]=RELEASING :: else -> set_span(w-16,0,RELEASING) fi
+  :: ok ->
+     if
+     :: w<24 && EMPTY && AT_REST -> atomic { keep_small() }; sp[k]=RELEASING
+#ifndef BUG_CELLS_UNSEEN
+     :: w>=24 && !cell[k] && !BUSY(k) -> sp[k]=RELEASING
+#else
+     :: w>=24 && !BUSY(k) -> sp[k]=RELEASING
+#endif
+     :: else
+     fi;
+     let_go();
+     give_all()
   :: else
   fi
 }
-inline aside_block(b_) { atomic { if :: COVERS(b_,u) && st[b_]==FREE -> word(b_); st[b_]=HOLE :: else fi } }
+inline aside(x_) { atomic { if :: COVERS(x_,u) && st[x_]==FREE -> word(x_); st[x_]=HOLE :: else fi } }
 
 #define REAP0 0
 #define REAP1 1
 #define SWEEP 2
-#define GIVE_BACK 3                 /* an empty small span */
-#define ASIDE 4                     /* FREE blocks of a wholly free unit become HOLE; the unit stays committed and ages */
-#define PUNCH_HOLE 6                /* a unit all of whose blocks are set aside */
-#define RELEASE 8                   /* a free span */
-#define NOTHING 10
+#define END 3                       /* an empty small span goes back; or cells that hold nothing */
+#define STAMP 5                     /* FREE blocks of a wholly free unit become HOLE, and the unit ages */
+#define PUNCH_HOLE 6                /* a stamped unit all of whose blocks are set aside */
+#define RELEASE 7                   /* a free run */
+#define NOTHING 8
 #if defined(BUG_ASIDE_NO_LOCK)
-#define LOCKED_ACT (act==GIVE_BACK)
+#define HOLDS false                 /* nobody is locked out while blocks are set aside */
 #elif defined(BUG_ORPHAN_NO_LOCK)
-#define LOCKED_ACT (act==GIVE_BACK || (act>GIVE_BACK && act<RELEASE && w!=SMALL(NONE)))
+#define HOLDS (sp[0]!=SMALL(NONE))  /* an orphan is worked on without being taken */
 #else
-#define LOCKED_ACT (act>=GIVE_BACK && act<RELEASE)
+#define HOLDS true
 #endif
 #ifdef BUG_PUNCH_NOT_ASIDE
-#define PUNCHABLE UNUSED(u)
+#define PUNCHABLE NONE_LIVES(u)
 #else
-#define PUNCHABLE UNIT_ALL_HOLES(u)
+#define PUNCHABLE (stamp[u] && ALL_HOLES(u))
 #endif
 #define QUIET (kdone && done[0] && done[1])
 
 proctype coll() {
-  byte a, act, step, k, n, need, b, g, u, w; bit ok, won, hard, fresh;
+  byte a, act, step, k, n, need, b, g, u, w; bit ok, won, fresh, locked;
   do
   :: {
   do
-  :: fresh ->                                                      /* a successor first finishes what was left half done */
-#ifndef BUG_BEGIN_UNRECOVERED
-     settle();
-#endif
-     dead_handshake();
-#ifndef BUG_NO_REDO
-     if
-     :: sp[0]==SMALL(COLL) -> end_small()
-     :: else -> do :: u<NP -> if :: IS_SMALL(sp[0]) && un[u]==URELEASING -> punch_unit(u) :: else fi; u++ :: else -> break od
-     fi;
-#endif
-     atomic { act=NOTHING; hard=1; fresh=0 };
-     goto finish_all
+  :: fresh -> begin();
+     atomic { fresh=0; k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0 }
   :: atomic { !fresh && a<ACTS && !QUIET -> a++;
-       if :: act=REAP0 :: act=REAP1 :: act=SWEEP :: act=GIVE_BACK :: act=ASIDE :: act=ASIDE; u=1 :: act=PUNCH_HOLE
+       if :: act=REAP0 :: act=REAP1 :: act=SWEEP :: act=END :: act=STAMP :: act=STAMP; u=1 :: act=PUNCH_HOLE
           :: act=PUNCH_HOLE; u=1 :: act=RELEASE; need=1 :: act=RELEASE; need=2
+#ifdef CELLS
+          :: act=END; k=1
+#endif
 #ifdef BUG_STAMP_PLAIN
           :: act=NOTHING; u=0 :: act=NOTHING; u=1
 #endif
        fi };
      goto work
-  :: atomic { !fresh && QUIET && step<8 -> a=ACTS; act=step%4; step++ };   /* closing: reap, sweep and give back, twice */
+  :: atomic { !fresh && QUIET && step<10 -> a=ACTS; act=step%5; k=0; step++;       /* closing: reap, sweep, give back; twice */
+       if :: act==4 -> act=END; k=1 :: else fi };
 work:
-     w=sp[0]; ok=IS_SMALL(w);
-     if :: LOCKED_ACT -> guard() :: else fi;
      if
      :: act==REAP0 -> if :: GONE(0) && !reaped[0] -> reap(0) :: else fi
      :: act==REAP1 -> if :: GONE(1) && !reaped[O(1)] -> reap(O(1)) :: else fi
      :: act==SWEEP -> sweep()
-     :: act==GIVE_BACK && ok -> give_back(); unguard()
-     :: act==ASIDE && ok ->
-        if :: UNUSED(u) && un[u]==COMMITTED -> aside_block(0); aside_block(1) :: else fi;
-        if :: LOCKED_ACT -> unguard() :: else fi
-     :: act==PUNCH_HOLE && ok ->
-        if :: PUNCHABLE && un[u]==COMMITTED -> un[u]=URELEASING :: else -> ok=0 fi;
-        if :: LOCKED_ACT -> unguard() :: else fi;
-        if :: ok -> hole_handshake(); punch_unit(u) :: else fi
-     :: act==RELEASE -> take(COLL,RELEASING)
+     :: act==END -> end_span()
+     :: act==STAMP && IS_SMALL(sp[0]) ->                               /* stamp_small */
+        locked=HOLDS;
+        if :: locked -> guard(0) :: else -> ok=1 fi;
+        if
+        :: ok && un[u]==COMMITTED && !stamp[u] && NONE_LIVES(u) -> aside(0); aside(1); stamp[u]=1
+        :: else
+        fi;
+        if :: locked && ok -> let_go() :: else fi
+     :: act==PUNCH_HOLE && IS_SMALL(sp[0]) ->                          /* claim_small_units, release_claimed */
+        locked=HOLDS;
+        if :: locked -> guard(0) :: else -> w=sp[0]; ok=1 fi;
+        if
+        :: ok && un[u]==COMMITTED && PUNCHABLE -> un[u]=URELEASING; if :: locked -> let_go() :: else fi;
+           hole_handshake(); punch(u)
+        :: else -> if :: locked && ok -> let_go() :: else fi
+        fi
+     :: act==RELEASE ->                                                /* take_batch, claim_free_units, release_claimed */
+        take(COLL,RELEASING);
+        if
+        :: n!=0 ->
+           u=k;
+           do :: u<k+n -> if :: un[u]==COMMITTED -> un[u]=URELEASING :: else fi; u++ :: else -> break od;
+           free_handshake();
+           u=k;
+           do :: u<k+n -> if :: un[u]==URELEASING -> punch(u) :: else fi; u++ :: else -> break od;
+           atomic { wp[k]=1; if :: n==2 -> wp[1]=1 :: else fi };      /* release_words */
+           put(COLL,k,n,RELEASING)
+        :: else
+        fi
 #ifdef BUG_STAMP_PLAIN
-     :: act==NOTHING -> w=un[u]; un[u]=w                           /* age and state share a word: stamped by load and store */
+     :: act==NOTHING -> w=un[u]; un[u]=w                               /* age and state share a word: stamped without the lock */
 #endif
      :: else
      fi;
-finish_all:
-     k=0;
-     do :: k<NP -> if :: sp[k]==RELEASING -> finish() :: else fi; k++ :: else -> break od;
-     atomic { act=0; k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0; hard=0 }
-  :: !fresh && step==8 -> goto fin
+     atomic { act=0; k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0; locked=0 }
+  :: !fresh && step==10 -> goto fin
   od
   } unless { ckill -> atomic {
        ckill=0;
        if :: pl[0]==1+COLL -> pl[0]=ORPHANED :: else fi;
        if :: pl[1]==1+COLL -> pl[1]=ORPHANED :: else fi;
        if :: hl==1+COLL -> hl=ORPHANED :: else fi;
-       act=0; step=0; k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0; hard=0; fresh=1 } }
+       act=0; step=0; k=0; n=0; need=0; b=0; g=0; u=0; w=0; ok=0; won=0; locked=0; fresh=1 } }
   od;
 fin: skip;
   d_step {
     k=0;
     do
     :: k<NP ->
-       assert(un[k]==COMMITTED || un[k]==RELEASED);
+       assert(un[k]==COMMITTED || un[k]==RELEASED);                    /* nothing is half done */
        assert(kern[k]==(un[k]==COMMITTED));                           /* I-10 */
-       assert(sp[k]==SFREE || sp[k]==LARGE || IS_SMALL(sp[k]) || (k==1 && sp[k]==INNER));   /* every page is accounted for */
-       assert(onlist[k]==(sp[k]==SFREE));                             /* and none is lost to the free lists */
-       assert(!(wpunched[k] && sp[k]!=SFREE));
+       assert(sp[k]==SFREE || sp[k]==LARGE || IS_SMALL(sp[k]) || IS_CELL(sp[k]) || (k==1 && sp[k]==INNER));  /* none is lost */
+       assert(onlist[k]==(sp[k]==SFREE));                             /* nor lost to the free lists */
        if
-       :: sp[k]==SFREE -> assert(st[k]!=LIVE)
-       :: sp[k]==LARGE -> assert(st[k]==LIVE && HELD(k))
-       :: k==0 && IS_SMALL(sp[k]) -> assert(TWO); assert(!EMPTY); assert(sp[k]!=SMALL(COLL));
-          assert(sp[k]==SMALL(NONE) || !GONE(sp[k]-16))
-       :: else -> assert(sp[0]==LARGE || IS_SMALL(sp[0]))
+       :: sp[k]==LARGE -> assert(st[k+2]==LIVE && HELD(k+2))
+       :: k==0 && IS_SMALL(sp[k]) -> assert(TWO); assert(!wp[0] && !wp[1]); assert(!EMPTY); assert(sp[k]!=SMALL(COLL));
+          assert(sp[k]==SMALL(NONE) || !GONE(sp[k]%8));
+          assert(!(st[0]==LIVE) || (HELD(0) && USABLE(0))); assert(!(st[1]==LIVE) || (HELD(1) && USABLE(1)))
+       :: IS_CELL(sp[k]) -> assert(cell[k] && !GONE(sp[k]%8) && OK_UNIT(k))
+       :: k==1 && sp[k]==INNER -> assert(sp[0]==LARGE || IS_SMALL(sp[0]))
+       :: else
        fi;
-       if :: st[k]==LIVE -> assert(HELD(k)); assert(USABLE(k)) :: else fi;
        k++
     :: else -> break
     od
@@ -611,22 +737,23 @@ proctype killer() {
   atomic { ckill==0 -> k=0; ck=0; kdone=1 }
 }
 
-#define LIVE_WORD(b,n) st[b]=LIVE; cnt[b]=n
+#define LIVE_WORD(w,n) st[w]=LIVE; cnt[w]=n
 #define DATA(u) un[u]=COMMITTED; kern[u]=1
 #define SMALL_SPAN(o) sp[0]=SMALL(o); sp[1]=INNER; wire=0
 #define START(i) (INIT==(i) || INIT==9)
 init {
   atomic {
-    pin[0]=NIL; pin[1]=NIL; wire=NIL;
+    pin[0]=NIL; pin[1]=NIL; wire=NIL; lwire=NIL;
     if
-    :: START(0) -> onlist[0]=1; onlist[1]=1; DATA(0); wpunched[1]=1                   /* all free: page 0 data, page 1 a hole */
-    :: START(1) -> sp[0]=LARGE; DATA(0); LIVE_WORD(0,2); pin[0]=0; pin[1]=0; wire=0; onlist[1]=1; wpunched[1]=1  /* two pins */
-    :: START(2) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0          /* worker 0's span, 1 holds a block of it */
-    :: START(3) -> SMALL_SPAN(0); DATA(0); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE       /* the same, unit 1 a hole */
-    :: START(4) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* unit 1 only set aside */
-    :: START(5) -> SMALL_SPAN(NONE); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE  /* an orphan of that kind */
-    :: START(6) -> sp[0]=LARGE; sp[1]=INNER; DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0; wire=0   /* a large block of two pages */
-    :: START(7) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0          /* worker 0's span, it holds a block of it */
+    :: START(0) -> onlist[0]=1; onlist[1]=1; DATA(0); wp[1]=1                           /* all free: page 0 data, page 1 a hole */
+    :: START(1) -> sp[0]=LARGE; DATA(0); LIVE_WORD(2,2); pin[0]=2; pin[1]=2; wire=0; onlist[1]=1; wp[1]=1        /* two pins */
+    :: START(2) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0            /* worker 0's span, 1 holds a block of it */
+    :: START(3) -> SMALL_SPAN(0); DATA(0); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE         /* the same, unit 1 a hole */
+    :: START(4) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE; stamp[1]=1    /* unit 1 is ageing */
+    :: START(5) -> SMALL_SPAN(NONE); DATA(0); DATA(1); LIVE_WORD(0,1); pin[1]=0; st[1]=HOLE; stamp[1]=1 /* an orphan of that kind */
+    :: START(6) -> sp[0]=LARGE; sp[1]=INNER; DATA(0); DATA(1); LIVE_WORD(2,1); pin[0]=2; wire=0         /* a large block of two pages */
+    :: START(7) -> SMALL_SPAN(0); DATA(0); DATA(1); LIVE_WORD(0,1); pin[0]=0            /* worker 0's span, it holds a block of it */
+    :: INIT==8 -> sp[0]=CELL(0); DATA(0); lwire=0; onlist[1]=1; wp[1]=1                 /* worker 0's cells, where a lease was */
     fi
   };
   atomic { run worker(0); run worker(1); run coll(); run killer() }

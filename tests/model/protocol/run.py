@@ -1,30 +1,51 @@
 #!/usr/bin/env python3
-"""Check the protocol's models with spin: exhaustively, one run at a time.
+"""Check the protocol's models with spin, exhaustively.
 
-    run.py quick               what CI runs: small instances, and every negative control (under a minute)
-    run.py long [PATTERN]      every run of the table in docs/explanation/model.md, each a few minutes
-    run.py one MODEL -DX ...   one run, for instance: one pages.pml -DKILLS=1 -DINIT=3
-    run.py trace MODEL -DX ... the shortest counterexample, step by step
+    run.py --quick [--json]    what CI runs: small instances, and every negative control (under 3 minutes on 2 cores)
+    run.py --full [--json]     every run of the tables in docs/explanation/model.md: hours; --only PATTERN picks some
+    run.py --one MODEL -DX ...     one run, for instance: --one pages.pml -DKILLS=1 -DINIT=3
+    run.py --trace MODEL -DX ...   the shortest counterexample, step by step
 
-A run counts as passed only if spin finished its whole search: running out of time, memory or search depth is a failure.
-A negative control breaks one rule on purpose (-DBUG_x) and must end in a violated assertion; one that passes is a failure.
-Needs spin 6.5 and a C compiler ($CC, default gcc). Writes to a temporary folder only.
+A run holds only if spin finished its whole search: running out of time, memory or search depth is a failure, not a verdict.
+A negative control breaks one rule on purpose (-DBUG_x) and must end in a violated assertion; one that holds is a failure.
+Exit status: 0 all as expected, 1 a surprise, 2 spin or a C compiler ($CC, default gcc) is missing.
+Writes to a temporary folder only.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MEMORY_MIB = 5800
+CC = os.environ.get("CC", "gcc")
 SEARCH_DEPTH = 400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much a run may cost; seconds of CPU. Quick runs are over before an optimising compiler would be."""
+
+    limit_s: int
+    memory_mib: int
+    optimise: str
+    at_once: int
+
+
+QUICK_EFFORT = Effort(limit_s=150, memory_mib=2000, optimise="-O0", at_once=2)
+FULL_EFFORT = Effort(limit_s=1800, memory_mib=9000, optimise="-O2", at_once=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +56,25 @@ class Run:
     flags: str
     fails: bool = False
 
+    @property
+    def expected(self) -> str:
+        return "violated" if self.fails else "holds"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    model: str
+    flags: str
     states: int
-    verdict: str  # "holds", "violated", or why there is no verdict
-    seconds: float
+    depth: int
+    seconds: float  # of CPU, without building
+    expected: str
+    verdict: str  # "holds", "violated", "stuck" (a deadlock), "broken" (spin or the compiler), or "not finished"
     detail: str
+
+    @property
+    def as_expected(self) -> bool:
+        return self.verdict == self.expected
 
 
 def gc(flags: str) -> Run:
@@ -59,81 +92,99 @@ def broken(model: str, *controls: str) -> list[Run]:
 CONTROLS = [
     *broken(
         "gc.pml",
-        "GLOBALPHASE -DOPS=1 -DINIT=2",
-        "TOUCH_LATE -DOPS=1 -DINIT=3",
-        "NO_INC_TOUCH -DOPS=1 -DINIT=3",
-        "SWEEP_RESURRECT -DOPS=1 -DINIT=2",
-        "NO_FINAL -DOPS=1 -DINIT=2",
-        "NAIVE_REPAIR -DOPS=1 -DINIT=3",
-        "I6 -DOPS=1 -DINIT=3 -DKILLS=1",
-        "SPLIT_W -DOPS=2 -DCYC=0 -DINIT=3",
-        "SPEC_TOUCH -DOPS=1 -DINIT=2",
-        "GENWRAP -DOPS=1 -DINIT=2",
-        "BITCLEAR -DOPS=1 -DINIT=3",
-        "LEASE_ORDER -DOPS=1 -DINIT=4 -DKILLS=1",
-        "SKIP_DEAD -DOPS=1 -DINIT=3 -DKILLS=1",
-        "NO_IDLE_ROUND -DOPS=1 -DINIT=2 -DCKILLS=1",
-        "PRIVATE_MARKS -DOPS=1 -DINIT=5 -DCKILLS=1",
+        "GLOBALPHASE -DOPS=1 -DINIT=2",  # each process reads the global phase, not its slot's
+        "NO_INC_TOUCH -DOPS=1 -DINIT=3",  # counting up does not touch
+        "SWEEP_RESURRECT -DOPS=1 -DINIT=2",  # a condemned block is pinned again
+        "NO_FINAL -DOPS=1 -DINIT=2",  # from MARK to SWEEP at once
+        "NAIVE_REPAIR -DOPS=1 -DINIT=3",  # counts of touched blocks are lowered, too
+        "I6 -DOPS=1 -DINIT=3 -DKILLS=1",  # count down before the holder is cleared
+        "SPLIT_W -DOPS=2 -DCYC=0 -DINIT=3",  # state and count are two words
+        "SPEC_TOUCH -DOPS=1 -DINIT=2",  # touches what bytes alone name
+        "GENWRAP -DOPS=1 -DINIT=2",  # generations repeat
+        "BITCLEAR -DOPS=1 -DINIT=3",  # a bit that is cleared in place of an epoch
+        "LEASE_ORDER -DOPS=1 -DINIT=4 -DKILLS=1",  # the pin before the lease is cleared
+        "SKIP_DEAD -DOPS=1 -DINIT=3 -DKILLS=1",  # pins of the unreaped dead are no roots
+        "NO_IDLE_ROUND -DOPS=1 -DINIT=2 -DCKILLS=1",  # two epochs in use at once
+        "PRIVATE_MARKS -DOPS=1 -DINIT=5 -DCKILLS=1",  # marks die with the coordinator
+        "ATTACH_IDLE -DATTACH -DOPS=1 -DINIT=3",  # a new slot begins in IDLE
+        "ATTACH_UNLOCKED -DATTACH -DOPS=1 -DINIT=3",  # the phase is read before the slot is in use
+        "FORK_UNCOUNTED -DFORK -DOPS=1 -DINIT=3",  # the child's pins are not counted
+        "FORK_PIN_FIRST -DFORK -DOPS=1 -DINIT=3 -DKILLS=1",  # the child's pin before its count
     ),
     *broken(
         "pages.pml",
-        "LARGE_FIRST -DINIT=6",
-        "LOST_WORD_FIRST -DINIT=6",
-        "LOST_NO_HANDSHAKE -DINIT=1",
-        "LIST_FIRST -DINIT=6",
-        "PUNCH_NO_HANDSHAKE -DINIT=1",
-        "GEN_RESTART -DINIT=6",
-        "ALLOC_NO_CHECK -DINIT=2",
-        "ADOPT_RESTORES -DINIT=5",
-        "NO_URESERVED -DINIT=3",
-        "TAKE_BUSY -DINIT=3",
-        "PUNCH_NOT_ASIDE -DINIT=2",
-        "STAMP_PLAIN -DINIT=3",
-        "ASIDE_NO_LOCK -DINIT=4 -DOPS=2 -DOPS1=0",
-        "ORPHAN_NO_LOCK -DINIT=5 -DOPS=3 -DOPS1=0",
-        "STRADDLE -DINIT=3 -DOPS=2 -DGEOM=1",
-        "HOLE_NO_HANDSHAKE -DINIT=7 -DACTS=2",
-        "DEAD_NO_HANDSHAKE -DINIT=7 -DACTS=2 -DCKILLS=1",
-        "LOOK_UNLOCKED -DINIT=5 -DKILLS=1",
-        "REAP_UNRECOVERED -DINIT=1 -DKILLS=1",
-        "REAP_NO_PUNCH -DINIT=3 -DKILLS=1",
-        "BEGIN_UNRECOVERED -DINIT=1 -DCKILLS=1",
-        "NO_REDO -DINIT=5 -DCKILLS=1",
+        "PUBLISH_BLINDLY -DINIT=5",  # an adopted orphan's record is written again without looking
+        "ALLOC_NO_CHECK -DINIT=2",  # the fast path does not look at the record
+        "FILL_NO_LOOK -DINIT=4 -DACTS=2",  # nor does a refill after its system call
+        "LARGE_FIRST -DINIT=6",  # the record LARGE before the word LIVE
+        "JUDGE_WORD_FIRST -DINIT=6",  # suspects judged word before record
+        "JUDGE_NO_HANDSHAKE -DINIT=1",  # suspects judged at once
+        "LIST_FIRST -DINIT=6",  # on the free list before it is RESERVED
+        "GEN_RESTART -DINIT=6",  # generations die with the span
+        "NO_URESERVED -DINIT=3",  # commits without saying so
+        "TAKE_BUSY -DINIT=3",  # a span is given up while a unit is on its way
+        "PUNCH_NOT_ASIDE -DINIT=2",  # a unit without living blocks is punched, FREE or not
+        "STAMP_PLAIN -DINIT=3",  # units stamped by load and store, nobody locked out
+        "ASIDE_NO_LOCK -DINIT=4 -DOPS=2 -DOPS1=0",  # the owner is not locked out
+        "ORPHAN_NO_LOCK -DINIT=5 -DOPS=3 -DOPS1=0",  # nor is who may adopt
+        "STRADDLE -DINIT=3 -DOPS=2 -DGEOM=1",  # a block over two units needs both
+        "CELLS_UNSEEN -DINIT=8",  # cells given back without looking under the lock
+        "PUNCH_NO_HANDSHAKE -DINIT=8 -DACTS=2",  # a free run is punched at once
+        "HOLE_NO_HANDSHAKE -DINIT=8 -DACTS=3",  # a hole in a small span is
+        "REAP_NO_HANDSHAKE -DINIT=8 -DKILLS=1",  # a dead process's run is
+        "BEGIN_NO_HANDSHAKE -DINIT=8 -DACTS=2 -DCKILLS=1 -DOPS=0 -DOPS1=1",  # a dead coordinator's run is
+        "LOOK_UNLOCKED -DINIT=5 -DKILLS=1",  # records are read without the heap lock
+        "NO_ROLLBACK -DINIT=1 -DKILLS=1",  # a dead holder's log is ignored
+        "END_NO_PUNCH -DINIT=3 -DKILLS=1",  # a dead owner's half committed units are left so
+        "NO_REDO -DINIT=1 -DCKILLS=1",  # half done releases are not done again
+        "NO_BEGIN -DINIT=5 -DCKILLS=1",  # a successor finishes nothing
     ),
 ]
 
 QUICK = [
     *(gc(f"-DOPS=1 -DINIT={start}") for start in range(6)),
-    *(pages(f"-DINIT={start}") for start in range(8)),
+    gc("-DOPS=1 -DINIT=3 -DATTACH"),
+    gc("-DOPS=1 -DINIT=3 -DFORK"),
+    *(pages(f"-DINIT={start}") for start in range(9)),
     pages("-DINIT=3 -DGEOM=1"),
+    pages("-DINIT=3 -DNOSPC"),
     pages("-DINIT=1 -DKILLS=1"),
     pages("-DINIT=1 -DCKILLS=1"),
     *CONTROLS,
 ]
 
-LONG = [
+FULL = [
     *(gc(f"-DOPS=1 -DINIT={start}") for start in range(6)),
+    *(gc(f"-DOPS=1 -DINIT={start} -DATTACH") for start in range(6)),
+    *(gc(f"-DOPS=1 -DINIT={start} -DFORK") for start in (3, 4)),
+    *(gc(f"-DOPS=1 -DINIT={start} -DFORK -DKILLS=1") for start in (3, 4)),
     *(gc(f"-DOPS=1 -DINIT={start} -DKILLS=1") for start in (2, 3, 4)),
+    *(gc(f"-DOPS=1 -DINIT={start} -DKILLS=1 -DREAPIN") for start in (2, 3, 4)),
     *(gc(f"-DOPS=1 -DINIT={start} -DCKILLS=1") for start in (2, 3, 4)),
-    gc("-DOPS=1 -DINIT=2 -DKILLS=1 -DCKILLS=1"),
-    gc("-DOPS=2 -DINIT=2"),
-    *(pages(knobs) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DNOSPC", "-DPLOG")),
-    *(pages(f"-DKILLS=1 {knobs}".strip()) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DPLOG")),
-    *(pages(f"-DCKILLS=1 {knobs}".strip()) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DPLOG")),
+    *(gc(f"-DOPS=1 -DINIT={start} -DKILLS=1 -DCKILLS=1") for start in (2, 3, 4)),
+    *(gc(f"-DOPS=2 -DINIT={start}") for start in (2, 3, 4)),
+    *(pages(knobs) for knobs in ("", "-DGEOM=1", "-DTHREADS", "-DNOSPC")),
+    *(pages(f"-DINIT={start} -DKILLS=1") for start in range(9)),
+    *(pages(f"-DINIT={start} -DCKILLS=1") for start in range(9)),
     *(pages(f"-DINIT={start} -DKILLS=1 -DCKILLS=1") for start in range(8)),
     *(pages(f"-DINIT={start} -DKILLS=2") for start in range(1, 8)),
     *(pages(f"-DINIT={start} -DOPS=2") for start in range(1, 8)),
-    *(pages(f"-DINIT={start} -DACTS=2") for start in range(8)),
+    *(pages(f"-DINIT={start} -DACTS=2") for start in range(9)),
     *(pages(f"-DINIT={start} -DACTS=2 -DCKILLS=1") for start in (4, 5, 7)),
+    Run("gc.pml", "-DBUG_TAKE_UNSEEN -DOPS=2 -DINIT=2", fails=True),
+    *CONTROLS,
 ]
 
-def build(run: Run, folder: Path, *, optimise: str, shortest: bool) -> Path:
-    model = HERE / run.model
-    flags = run.flags.split()
-    subprocess.run(["spin", *flags, "-a", str(model)], cwd=folder, check=True, stdout=subprocess.PIPE)
-    search = ["-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={MEMORY_MIB}", "-DVECTORSZ=4096"]
-    compiler = [os.environ.get("CC", "gcc"), optimise, "-w", "-o", "pan", "pan.c"]
-    subprocess.run([*compiler, *search, *(["-DBFS"] if shortest else [])], cwd=folder, check=True)
+
+def build(run: Run, folder: Path, effort: Effort, *, shortest: bool) -> Path:
+    """Raises CalledProcessError with what spin or the compiler said."""
+
+    def call(*command: str) -> None:
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    call("spin", *run.flags.split(), "-a", str(HERE / run.model))
+    search = ["-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={effort.memory_mib}", "-DVECTORSZ=4096"]
+    call(*shlex.split(CC), effort.optimise, "-w", "-o", "pan", "pan.c", *search, *(["-DBFS"] if shortest else []))
     return folder / "pan"
 
 
@@ -141,43 +192,79 @@ def judge(output: str) -> tuple[str, str]:
     """The verdict of one search, and spin's own words where there is something to say."""
     said = re.search(r"^pan:1: (.*?) \(at depth", output, re.MULTILINE)
     if said:
-        ours = said.group(1).startswith("assertion violated")
-        return ("violated" if ours else "stuck"), said.group(1)
+        ours = said[1].startswith("assertion violated")
+        return ("violated" if ours else "stuck"), re.sub(r"\s+", " ", said[1])
     errors = re.search(r"errors: (\d+)$", output, re.MULTILINE)
     cut = re.search(r"^.*(Search not completed|max search depth|MEMLIM|out of memory).*$", output, re.MULTILINE)
     if errors is None or cut is not None:
-        return "not finished", cut.group(0).strip() if cut else ""
-    return ("holds" if errors.group(1) == "0" else "stuck"), ""
+        return "not finished", cut[0].strip() if cut else "no result: out of time"
+    return ("holds" if errors[1] == "0" else "stuck"), ""
 
 
-def check(run: Run, folder: Path, *, limit_s: float, optimise: str = "-O2", shortest: bool = False) -> Outcome:
-    pan = build(run, folder, optimise=optimise, shortest=shortest)
-    start = time.monotonic()
+def number(pattern: str, output: str) -> int:
+    found = re.search(pattern, output, re.MULTILINE)
+    return int(float(found[1])) if found else 0
+
+
+def explore(pan: Path, limit_s: int) -> tuple[str, float]:
+    """What the search says, and the seconds of CPU that it took: they do not depend on what else goes on here."""
+    said = pan.with_name("said")
+    command = f"ulimit -t {limit_s}; exec ./pan -m{SEARCH_DEPTH} -w24"
+    with said.open("w") as file:
+        process = subprocess.Popen(["sh", "-c", command], cwd=pan.parent, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return said.read_text(), usage.ru_utime + usage.ru_stime
+
+
+def search(run: Run, folder: Path, effort: Effort, *, shortest: bool = False) -> Outcome:
     try:
-        output = subprocess.run(
-            [str(pan), f"-m{SEARCH_DEPTH}", "-w25"], cwd=folder, timeout=limit_s, capture_output=True, text=True
-        ).stdout
-    except subprocess.TimeoutExpired:
-        return Outcome(0, "not finished", time.monotonic() - start, f"stopped after {limit_s:.0f} s")
-    states = re.search(r"^ *(\d[\d.e+]*) states, stored", output, re.MULTILINE)
-    verdict, detail = judge(output)
-    return Outcome(int(float(states.group(1))) if states else 0, verdict, time.monotonic() - start, detail)
+        output, took = explore(build(run, folder, effort, shortest=shortest), effort.limit_s)
+        verdict, detail = judge(output)
+    except subprocess.CalledProcessError as error:
+        output, took, verdict, detail = "", 0.0, "broken", str(error.output)
+    states = number(r"^ *(\d[\d.e+]*) states, stored", output)
+    depth = number(r"depth reached (\d+)", output)
+    return Outcome(run.model, run.flags, states, depth, round(took, 1), run.expected, verdict, detail[:120])
 
 
-def check_all(runs: list[Run], *, limit_s: float, optimise: str) -> int:
-    """Prints one line a run; returns how many did not end as they should."""
-    wrong = 0
-    for run in runs:
-        with tempfile.TemporaryDirectory(prefix="model-") as folder:
-            outcome = check(run, Path(folder), limit_s=limit_s, optimise=optimise)
-        as_expected = outcome.verdict == ("violated" if run.fails else "holds")
-        wrong += not as_expected
-        print(
-            f"{'ok   ' if as_expected else 'WRONG'} {outcome.verdict:12} {outcome.states:>11,} states"
-            f" {outcome.seconds:6.1f} s  {run.model} {run.flags}  {outcome.detail[:90]}",
-            flush=True,
-        )
-    print(f"{len(runs)} runs, {wrong} wrong")
+def check(run: Run, effort: Effort) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        return search(run, Path(folder), effort)
+
+
+def check_undo() -> Outcome:
+    done = subprocess.run([sys.executable, str(HERE / "undo.py")], capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if not line.startswith("ok")]
+    verdict = "holds" if done.returncode == 0 else "violated"
+    return Outcome("undo.py", "", 0, 0, 0.0, "holds", verdict, "; ".join(wrong)[:120])
+
+
+def check_all(runs: Iterable[Run], effort: Effort) -> Iterator[Outcome]:
+    yield check_undo()
+    with ThreadPoolExecutor(effort.at_once) as pool:
+        yield from pool.map(lambda run: check(run, effort), runs)
+
+
+def report(outcomes: Iterable[Outcome], *, as_json: bool) -> int:
+    """Prints the table; returns how many did not end as they should."""
+    rows = []
+    if not as_json:
+        print(f"      {'states':>11}  {'depth':>6}  {'CPU s':>6}  {'expected':8}  {'got':12}  configuration")
+    for row in outcomes:
+        rows.append(row)
+        if not as_json:
+            mark = "ok   " if row.as_expected else "WRONG"
+            print(
+                f"{mark} {row.states:>11,}  {row.depth:>6,}  {row.seconds:>6.1f}  {row.expected:8}  {row.verdict:12}"
+                f"  {row.model} {row.flags}" + ("" if row.as_expected else f"  {row.detail}"),
+                flush=True,
+            )
+    wrong = sum(not row.as_expected for row in rows)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) | {"as_expected": row.as_expected} for row in rows], indent=1))
+    else:
+        print(f"{len(rows)} runs, {wrong} wrong")
     return wrong
 
 
@@ -185,7 +272,7 @@ def trace(run: Run) -> int:
     """Prints the shortest counterexample: process, source line, statement and the values it changed."""
     with tempfile.TemporaryDirectory(prefix="model-") as name:
         folder = Path(name)
-        outcome = check(run, folder, limit_s=600, shortest=True)
+        outcome = search(run, folder, FULL_EFFORT, shortest=True)
         print(f"{outcome.verdict}: {outcome.detail}")
         if outcome.verdict not in ("violated", "stuck"):
             return 1
@@ -199,22 +286,36 @@ def trace(run: Run) -> int:
     return 0
 
 
+def what_is_missing() -> list[str]:
+    """What to install, a line each."""
+    tools = {"spin": "spin 6.5 (Debian and Ubuntu: apt install spin)", shlex.split(CC)[0]: "a C compiler, or set $CC"}
+    return [f"{tool} is not on PATH: install {what}" for tool, what in tools.items() if shutil.which(tool) is None]
+
+
 def main(arguments: list[str]) -> int:
-    match arguments:
-        case ["quick"]:
-            return min(check_all(QUICK, limit_s=60, optimise="-O0"), 1)
-        case ["long"]:
-            return min(check_all(LONG, limit_s=400, optimise="-O2"), 1)
-        case ["long", pattern]:
-            chosen = [run for run in LONG if re.search(pattern, f"{run.model} {run.flags}")]
-            return min(check_all(chosen, limit_s=400, optimise="-O2"), 1)
-        case ["one", model, *flags]:
-            return min(check_all([Run(model, " ".join(flags))], limit_s=400, optimise="-O2"), 1)
-        case ["trace", model, *flags]:
-            return trace(Run(model, " ".join(flags)))
-        case _:
-            print(__doc__)
-            return 2
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--quick", action="store_true")
+    what.add_argument("--full", action="store_true")
+    what.add_argument("--one", metavar="MODEL")
+    what.add_argument("--trace", metavar="MODEL")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="of the runs, those whose text this matches")
+    parser.add_argument("--json", action="store_true")
+    chosen, flags = parser.parse_known_args(arguments)
+    if flags and (chosen.quick or chosen.full or any(not flag.startswith("-D") for flag in flags)):
+        parser.error(f"not understood: {' '.join(flags)}")
+    missing = what_is_missing()
+    if missing:
+        print(*missing, sep="\n", file=sys.stderr)
+        return 2
+    one = Run(chosen.one or chosen.trace or "", " ".join(flags), fails="-DBUG_" in " ".join(flags))
+    if chosen.trace:
+        return trace(one)
+    if chosen.one:
+        return min(report([check(one, FULL_EFFORT)], as_json=chosen.json), 1)
+    runs = [run for run in (QUICK if chosen.quick else FULL) if re.search(chosen.only, f"{run.model} {run.flags}")]
+    effort = QUICK_EFFORT if chosen.quick else FULL_EFFORT
+    return min(report(check_all(runs, effort), as_json=chosen.json), 1)
 
 
 if __name__ == "__main__":
