@@ -621,16 +621,19 @@ enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t gen, 
 
 /* Waiting (rule 16) */
 
-/* A thread begins or ends to wait for memory. Begins: before it reads hdr.freed and tries again. */
+/* A thread begins or ends to wait for memory. Begins: before it reads hdr.freed and tries again.
+ * The sum in the header errs on the high side: too low, and a waiter would not be woken. */
 void sh_waiting(struct sh_ctx *c, bool begins)
 {
     if (begins) {
+        atomic_fetch_add(&c->hdr->waiters, 1);
+        SH_CRASH("wait:counted");
         if (atomic_fetch_add(&c->slot->waiting, 1) == 0)
             atomic_store(&c->slot->refused, 0);
-        atomic_fetch_add(&c->hdr->waiters, 1);
     } else {
-        atomic_fetch_sub(&c->hdr->waiters, 1);
         atomic_fetch_sub(&c->slot->waiting, 1);
+        SH_CRASH("wait:counted");
+        atomic_fetch_sub(&c->hdr->waiters, 1);
     }
 }
 

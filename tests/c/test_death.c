@@ -358,11 +358,47 @@ static void test_coordinator_crash_points(void)
     die_at_points(act_as_coordinator, points);
 }
 
+static void wait_for_memory(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_ctx c;
+    arena_join(&c, s->fd);
+    die_when(s->point, s->nth);
+    sh_waiting(&c, true);
+    sh_waiting(&c, false);
+}
+
+/* The sum of waiters fell below 0 when one died between its own count and the sum, and whoever
+ * waited next was not woken. */
+static void test_a_waiter_that_dies_is_not_subtracted_twice(void)
+{
+    for (uint32_t nth = 1; nth <= 2; nth++) {
+        struct scene *s = calloc(1, sizeof *s);
+        s->point = "wait:counted";
+        s->nth = nth;
+        s->fd = arena_new(CAPACITY, NO_LIMIT);
+        CHECK(!child_survives(wait_for_memory, s, NULL, 0));
+        arena_lead(&s->lead, s->fd);
+        arena_join(&s->witness, s->fd);
+        reap_dead(&s->lead, UINT64_MAX);
+        sh_waiting(&s->witness, true);
+        uint32_t waiters = atomic_load(&s->lead.hdr->waiters);
+        CHECK(waiters >= 1 && waiters <= 2); /* a death may leave it too high */
+        sh_waiting(&s->witness, false);
+        arena_leave(&s->witness);
+        arena_leave(&s->lead);
+        close(s->fd);
+        free(s);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         {"user_crash_points", test_user_crash_points},
         {"coordinator_crash_points", test_coordinator_crash_points},
+        {"a_waiter_that_dies_is_not_subtracted_twice",
+         test_a_waiter_that_dies_is_not_subtracted_twice},
         {"users_are_killed", test_users_are_killed},
         {"the_coordinator_is_killed", test_the_coordinator_is_killed},
     };
