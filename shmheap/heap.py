@@ -541,8 +541,4 @@ def _close_all() -> None:
 
 block.find_heaps_with(_find)
 atexit.register(_close_all)
-os.register_at_fork(
-    before=_core.before_fork,
-    after_in_parent=_core.after_fork_parent,
-    after_in_child=_core.after_fork_child,
-)
+os.register_at_fork(after_in_parent=_core.after_fork, after_in_child=_core.after_fork)

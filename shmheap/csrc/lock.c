@@ -78,9 +78,10 @@ static int acquire(pthread_mutex_t *m, int wait_ms)
  * docs/explanation/locks.md). Whoever waits for a holder that has lost its liveness lock, or that
  * has been followed by another incarnation, takes over (I-8). */
 
-#define SPINS  200
-#define NAP_NS 20000 /* 75 us with the kernel's slack: a look whether the holder lives costs 2 % \
-                      */
+#define SPINS 200
+#define NAP_NS                                                                        \
+    20000 /* 75 us with the kernel's slack: a look whether the holder lives costs 2 % \
+           */
 
 static bool holder_is_dead(struct sh_ctx *c, uint64_t holder)
 {

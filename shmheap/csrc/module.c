@@ -16,6 +16,7 @@
 #include <structmember.h>
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,13 +43,17 @@ typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
     PyObject *rebuild, *lease_type, *copy_bytes, *make_room; /* of shmheap.block */
-    struct box *boxes;                                       /* those that a fork must take along */
     PyObject *spare[64];                                     /* memory of dead Block objects */
     int nspare;
 } State;
 
 static struct PyModuleDef moduledef;
 static State *state; /* one interpreter: the module refuses a second one */
+
+/* Those that a fork takes along: attached ones. The lock is held through a fork; a thread that
+ * waits for it may hold the GIL, so whoever has it neither runs Python nor waits for the GIL. */
+static struct box *boxes;
+static pthread_mutex_t boxes_lock = PTHREAD_MUTEX_INITIALIZER;
 
 typedef struct {
     PyObject_HEAD struct box *box;
@@ -62,13 +67,23 @@ typedef struct {
     struct sh_ref ref;
 } Block;
 
+static void box_enter_list(struct box *b)
+{
+    pthread_mutex_lock(&boxes_lock);
+    b->next = boxes;
+    boxes = b;
+    pthread_mutex_unlock(&boxes_lock);
+}
+
 static void box_leave_list(struct box *b)
 {
-    for (struct box **at = &state->boxes; *at != NULL; at = &(*at)->next)
+    pthread_mutex_lock(&boxes_lock);
+    for (struct box **at = &boxes; *at != NULL; at = &(*at)->next)
         if (*at == b) {
             *at = b->next;
-            return;
+            break;
         }
+    pthread_mutex_unlock(&boxes_lock);
 }
 
 /* bell(alive, over): is there a coordinator, and is the heap closed for ever? */
@@ -103,9 +118,14 @@ static void ring_quietly(struct box *b, bool over)
 }
 
 /* Detaches once nobody can be inside or look at the memory. */
+static bool box_can_settle(const struct box *b)
+{
+    return b->closed && b->attached && b->exports == 0 && b->calls == 0;
+}
+
 static void box_settle(struct box *b)
 {
-    if (b->closed && b->attached && b->exports == 0 && b->calls == 0) {
+    if (box_can_settle(b)) {
         b->attached = false;
         box_leave_list(b);
         if (b->ctx.slot != NULL && !sh_is_forked(&b->ctx)) { /* else the slot is our parent's */
@@ -155,7 +175,7 @@ static void fail_forked(const struct box *b)
             b->left_behind);
     else
         PyErr_SetString(state->HeapError,
-                        "this process was forked without Python's fork hooks, so it holds nothing "
+                        "this process was forked without libc's fork(), so it holds nothing "
                         "in the heap: use os.fork or multiprocessing, or attach again by name");
 }
 
@@ -663,8 +683,7 @@ static PyObject *heap_attach(Heap *self, PyObject *args)
     }
     b->bell = Py_NewRef(bell);
     b->keep = true; /* until we know */
-    b->next = state->boxes;
-    state->boxes = b;
+    box_enter_list(b);
     self->box = b;
     return ring(b) == 0 ? Py_NewRef(Py_True) : NULL;
 }
@@ -1835,14 +1854,6 @@ static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
     return error ? NULL : Py_NewRef(Py_None);
 }
 
-/* The boxes of a fork are kept in a list of their own from the first hook to the last: nothing in
- * Python runs while any of them is locked, and none goes away. A second thread that forks meanwhile
- * is not prepared: its child finds itself without the heap. */
-#define MAX_FORKED 64
-static struct box *forking[MAX_FORKED];
-static int nforking;
-static unsigned long forker; /* the thread that filled the list; it is the child's only one */
-
 /* What was in the way when a child was to be given its own place in the heap; NULL: nothing. */
 static const char *obstacle(enum sh_status s)
 {
@@ -1852,7 +1863,7 @@ static const char *obstacle(enum sh_status s)
     case SH_NOSLOT:
         return "the heap had no free slot, since it had as many processes as it can have";
     case SH_BUSY:
-        return "another thread was forking, or a process that was stopped kept the heap locked";
+        return "a process that was stopped kept the heap locked";
     case SH_SYSTEM:
         return errno == EBADF ? "its parent had closed the heap's descriptor" : strerror(errno);
     default:
@@ -1860,81 +1871,63 @@ static const char *obstacle(enum sh_status s)
     }
 }
 
-static PyObject *core_before_fork(PyObject *self, PyObject *unused)
+/* libc calls these inside fork(), after every hook of Python and of other libraries: what those
+ * wait for still finds the heaps open. Python cannot be used here. */
+
+static void before_fork(void)
 {
-    (void)self, (void)unused;
-    if (nforking != 0)
-        Py_RETURN_NONE;
-    forker = PyThread_get_thread_ident();
-    for (struct box *b = state->boxes; b != NULL; b = b->next) {
-        if (!b->attached || sh_is_forked(&b->ctx))
-            continue;
-        b->left_behind = nforking == MAX_FORKED ? "a fork takes at most 64 heaps along"
-                                                : obstacle(sh_fork_prepare(&b->ctx));
-        if (b->left_behind != NULL)
-            continue;
+    pthread_mutex_lock(&boxes_lock);
+    for (struct box *b = boxes; b != NULL; b = b->next)
+        if (!sh_is_forked(&b->ctx))
+            b->left_behind = obstacle(sh_fork_prepare(&b->ctx));
+}
+
+static void after_fork_parent(void)
+{
+    for (struct box *b = boxes; b != NULL; b = b->next) {
+        b->left_behind = NULL; /* whoever forks without fork() is to be told so */
+        sh_fork_parent(&b->ctx);
+    }
+    pthread_mutex_unlock(&boxes_lock);
+}
+
+static void after_fork_child(void)
+{
+    for (struct box *b = boxes; b != NULL; b = b->next) {
+        b->calls = 0; /* threads inside are not in the child */
+        sh_fork_child(&b->ctx);
+    }
+    pthread_mutex_unlock(&boxes_lock);
+}
+
+static struct box *box_to_tell(void)
+{
+    pthread_mutex_lock(&boxes_lock);
+    struct box *b = boxes;
+    while (b != NULL && !(b->ctx.ring && !sh_is_forked(&b->ctx)) && !box_can_settle(b))
+        b = b->next;
+    if (b != NULL)
         b->refs++;
-        b->calls++;
-        forking[nforking++] = b;
-    }
-    Py_RETURN_NONE;
+    pthread_mutex_unlock(&boxes_lock);
+    return b;
 }
 
-static void leave_behind(const char *why)
-{
-    for (struct box *b = state->boxes; b != NULL; b = b->next)
-        b->left_behind = why;
-}
-
-/* Takes the list, so that a fork may follow while the bells are rung. */
-static void end_fork(bool in_child)
-{
-    struct box *done[MAX_FORKED];
-    int n = nforking;
-    if (PyThread_get_thread_ident() != forker) { /* another thread's fork */
-        nforking = in_child ? 0 : nforking;
-        if (in_child)
-            leave_behind("another thread was forking");
-        return;
-    }
-    if (!in_child)
-        leave_behind(NULL); /* whoever forks without hooks is to be told so */
-    memcpy(done, forking, sizeof done);
-    for (int i = 0; i < n; i++)
-        (in_child ? sh_fork_child : sh_fork_parent)(&done[i]->ctx);
-    nforking = 0;
-    for (int i = 0; i < n; i++) {
-        done[i]->calls =
-            in_child ? 0 : done[i]->calls - 1; /* threads inside are not in the child */
-        ring_quietly(done[i], false);
-        if (done[i]->closed)
-            box_settle(done[i]);
-        box_drop(done[i]);
-    }
-}
-
-static PyObject *core_after_fork_parent(PyObject *self, PyObject *unused)
+/* Python's hook in parent and child: the coordinators learn of the new process. */
+static PyObject *core_after_fork(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
-    end_fork(false);
+    for (struct box *b; (b = box_to_tell()) != NULL; box_drop(b)) {
+        ring_quietly(b, false);
+        box_settle(b);
+    }
     Py_RETURN_NONE;
 }
 
-static PyObject *core_after_fork_child(PyObject *self, PyObject *unused)
-{
-    (void)self, (void)unused;
-    end_fork(true);
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef module_methods[] = {
-    {"format", core_format, METH_VARARGS, NULL},
-    {"read_config", core_read_config, METH_VARARGS, NULL},
-    {"spawn_detached", core_spawn_detached, METH_VARARGS, NULL},
-    {"before_fork", core_before_fork, METH_NOARGS, NULL},
-    {"after_fork_parent", core_after_fork_parent, METH_NOARGS, NULL},
-    {"after_fork_child", core_after_fork_child, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL}};
+static PyMethodDef module_methods[] = {{"format", core_format, METH_VARARGS, NULL},
+                                       {"read_config", core_read_config, METH_VARARGS, NULL},
+                                       {"spawn_detached", core_spawn_detached, METH_VARARGS, NULL},
+                                       {"after_fork", core_after_fork, METH_NOARGS, NULL},
+                                       {NULL, NULL, 0, NULL}};
 
 static bool load_errors(State *st)
 {
@@ -1988,7 +1981,10 @@ static int module_exec(PyObject *m)
         add_type(m, &observer_spec, NULL) != 0 || add_constants(m) != 0)
         return -1;
     state = st;
-    return 0;
+    if (pthread_atfork(before_fork, after_fork_parent, after_fork_child) == 0)
+        return 0;
+    PyErr_NoMemory();
+    return -1;
 }
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};

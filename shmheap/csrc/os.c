@@ -213,12 +213,12 @@ static void run_detached(char *const argv[], const char *log_path)
 
 int sh_os_spawn_detached(char *const argv[], const char *log_path)
 {
-    pid_t child = fork();
+    pid_t child = _Fork(); /* runs nobody's fork handlers: it takes nothing along */
     if (child < 0)
         return errno;
     if (child == 0) {
         setsid();
-        pid_t grandchild = fork();
+        pid_t grandchild = _Fork();
         if (grandchild == 0)
             run_detached(argv, log_path);
         _exit(grandchild < 0 ? 1 : 0);

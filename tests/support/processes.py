@@ -214,13 +214,16 @@ def churn(kept: Kept, rounds: int, nbytes: int) -> int:
     return wrong
 
 
-def fork_raw(kept: Kept) -> list[str]:
-    """A fork that Python knows nothing of; says what the child got when it used the heap."""
+def fork_raw(kept: Kept, function: str) -> list[str]:
+    """A fork that Python knows nothing of; says what the child got when it used the heap.
+
+    libc's fork() calls the handlers of pthread_atfork, its _Fork() calls nobody.
+    """
     heap, block = kept["heap"], kept["block"]
     uses = [lambda: heap.alloc(64), lambda: block[0], lambda: heap.roots["a"], heap.stats]
     ends = [block.free, lambda: kept.pop("block"), heap.close]
     reader, writer = os.pipe()
-    child = ctypes.PyDLL(None).fork()
+    child = getattr(ctypes.PyDLL(None), function)()
     if child == 0:
         try:
             said = [_attempt(use) for use in (*uses, *ends)]
