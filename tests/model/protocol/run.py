@@ -46,6 +46,7 @@ class Effort:
 
 QUICK_EFFORT = Effort(limit_s=150, memory_mib=2000, optimise="-O0", at_once=2)
 FULL_EFFORT = Effort(limit_s=1800, memory_mib=9000, optimise="-O2", at_once=1)
+ONE_EFFORT = dataclasses.replace(FULL_EFFORT, optimise="-O0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +273,7 @@ def trace(run: Run) -> int:
     """Prints the shortest counterexample: process, source line, statement and the values it changed."""
     with tempfile.TemporaryDirectory(prefix="model-") as name:
         folder = Path(name)
-        outcome = search(run, folder, FULL_EFFORT, shortest=True)
+        outcome = search(run, folder, ONE_EFFORT, shortest=True)
         print(f"{outcome.verdict}: {outcome.detail}")
         if outcome.verdict not in ("violated", "stuck"):
             return 1
@@ -312,7 +313,7 @@ def main(arguments: list[str]) -> int:
     if chosen.trace:
         return trace(one)
     if chosen.one:
-        return min(report([check(one, FULL_EFFORT)], as_json=chosen.json), 1)
+        return min(report([check(one, ONE_EFFORT)], as_json=chosen.json), 1)
     runs = [run for run in (QUICK if chosen.quick else FULL) if re.search(chosen.only, f"{run.model} {run.flags}")]
     effort = QUICK_EFFORT if chosen.quick else FULL_EFFORT
     return min(report(check_all(runs, effort), as_json=chosen.json), 1)
