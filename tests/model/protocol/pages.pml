@@ -97,8 +97,8 @@ bit dead[2], done[2], reaped[2]; bit kdone, ckill;
 #define OK_UNIT(u) (un[u]==COMMITTED && !stamp[u] && kern[u])
 #define USABLE(w) ((!COVERS(w,0) || OK_UNIT(0)) && (!COVERS(w,1) || OK_UNIT(1)))
 #define READY(u) (un[u]==COMMITTED && !stamp[u])
-#ifdef BUG_STRADDLE                 /* looks only at the unit that was just committed, not at all that a block lies in */
-#define WAKEABLE(w) ((w)==0 || READY(1))
+#ifdef BUG_STRADDLE                 /* looks only at one unit, not at all that a block lies in */
+#define WAKEABLE(w) READY(w)
 #else
 #define WAKEABLE(w) ((!COVERS(w,0) || READY(0)) && (!COVERS(w,1) || READY(1)))
 #endif

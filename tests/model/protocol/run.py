@@ -128,7 +128,7 @@ CONTROLS = [
         "STAMP_PLAIN -DINIT=3",  # units stamped by load and store, nobody locked out
         "ASIDE_NO_LOCK -DINIT=4 -DOPS=2 -DOPS1=0",  # the owner is not locked out
         "ORPHAN_NO_LOCK -DINIT=5 -DOPS=3 -DOPS1=0",  # nor is who may adopt
-        "STRADDLE -DINIT=3 -DOPS=2 -DGEOM=1",  # a block over two units needs both
+        "STRADDLE -DINIT=3 -DGEOM=1 -DOPS=2 -DOPS1=1",  # a block over two units needs both
         "CELLS_UNSEEN -DINIT=8",  # cells given back without looking under the lock
         "PUNCH_NO_HANDSHAKE -DINIT=8 -DACTS=2",  # a free run is punched at once
         "HOLE_NO_HANDSHAKE -DINIT=8 -DACTS=3",  # a hole in a small span is
@@ -147,7 +147,7 @@ QUICK = [
     gc("-DOPS=1 -DINIT=3 -DATTACH"),
     gc("-DOPS=1 -DINIT=3 -DFORK"),
     *(pages(f"-DINIT={start}") for start in range(9)),
-    pages("-DINIT=3 -DGEOM=1"),
+    pages("-DINIT=3 -DGEOM=1 -DOPS=2 -DOPS1=1"),
     pages("-DINIT=3 -DNOSPC"),
     pages("-DINIT=1 -DKILLS=1"),
     pages("-DINIT=1 -DCKILLS=1"),
