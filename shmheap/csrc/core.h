@@ -142,6 +142,14 @@ static inline void sh_os_pause(void)
 #endif
 }
 
+/* The count of a slot's leases: one more, one less, and what it says. */
+#define SH_LEASE_MADE  ((1ull << 32) + 1)
+#define SH_LEASE_TAKEN ((1ull << 32) - 1)
+static inline uint32_t sh_leases(struct sh_slot *s)
+{
+    return (uint32_t)atomic_load(&s->leases);
+}
+
 /* lock.c */
 enum {
     SH_RANK_REGISTRY = 1,
