@@ -455,9 +455,14 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
     uint32_t phase = phase_of(c);
     if (sh_phase_of(phase) != SH_IDLE)
         sh_touch(r->word, r->gen, phase);
+#ifndef SH_I6_REVERSED /* the wrong order: a negative control of tools/killpoints.py */
     sh_pin_clear(c, r->pin);
+#endif
     if (sh_count_down(r->word, r->gen, phase) == SH_FREED)
         sh_block_freed(c, r);
+#ifdef SH_I6_REVERSED
+    sh_pin_clear(c, r->pin);
+#endif
     sh_pin_free(c, r->pin);
     sh_leave(c);
     return sh_after_free(c);

@@ -133,21 +133,6 @@ static struct theatre *theatre_new(void)
     return t;
 }
 
-static void nothing_must_be_left(struct sh_ctx *lead)
-{
-    reap_dead(lead, UINT64_MAX);
-    CHECK(sh_users(lead) == 0);
-    collect(lead);
-    collect(lead);
-    release_all(lead);
-    must_be_empty(lead);
-    must_be_sound(lead, 0);
-    kernel_must_agree(lead);
-    CHECK(atomic_load(&lead->hdr->inuse_pages) == 0);
-    CHECK(sh_committed_units(lead) == 0);
-    counters_must_be(lead, 0, 0);
-}
-
 static void finish(struct theatre *t, uint32_t children)
 {
     struct sh_ctx c;
