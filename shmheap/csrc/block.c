@@ -455,9 +455,14 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
     uint32_t phase = phase_of(c);
     if (sh_phase_of(phase) != SH_IDLE)
         sh_touch(r->word, r->gen, phase);
+#ifndef SH_I6_REVERSED /* the wrong order: a negative control of tools/killpoints.py */
     sh_pin_clear(c, r->pin);
+#endif
     if (sh_count_down(r->word, r->gen, phase) == SH_FREED)
         sh_block_freed(c, r);
+#ifdef SH_I6_REVERSED
+    sh_pin_clear(c, r->pin);
+#endif
     sh_pin_free(c, r->pin);
     sh_leave(c);
     return sh_after_free(c);
@@ -510,7 +515,7 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
         atomic_store_explicit(&lease->made_ns, sh_os_now_ns(), RLX);
         atomic_store_explicit(&lease->cell, SH_LEASE_CELL(sh_word_number(c, r->word), c->lease_seq),
                               REL);
-        atomic_fetch_add_explicit(&c->slot->leases, 1, RLX);
+        sh_add(&c->slot->leases, SH_LEASE_MADE);
         *cell_off = (uint64_t)((uint8_t *)lease - c->base) - c->geo.data;
         *seq = c->lease_seq;
     } else {
@@ -538,7 +543,7 @@ void sh_lease_taken(struct sh_ctx *c, uint32_t page)
 {
     struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(sh_span(c, page)));
     atomic_store_explicit(&s->leases_taken, 1, REL);
-    atomic_fetch_sub_explicit(&s->leases, 1, RLX);
+    sh_add(&s->leases, SH_LEASE_TAKEN);
 }
 
 /* Takes the lease by compare-and-swap, only after it was seen and its block touched: taking one
@@ -555,6 +560,7 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     sh_touch(r->word, r->gen, phase);
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
         return false;
+    SH_CRASH("lease:taken");
     sh_lease_taken(c, page);
     return true;
 }

@@ -64,7 +64,7 @@ struct sh_sums sh_sum(const struct sh_ctx *c)
         sum.alloc_bytes += atomic_load(&s->alloc_bytes);
         sum.freed_bytes += atomic_load(&s->freed_bytes);
         sum.pins += atomic_load(&s->pins);
-        sum.leases += atomic_load(&s->leases);
+        sum.leases += sh_leases(s);
         sum.processes += i != 0 && atomic_load(&s->state) == SH_SLOT_LIVE;
     }
     return sum;
@@ -276,7 +276,7 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     bool nobody_looks = false; /* the other may have died between claiming and its handshake */
     enum sh_status status;
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
-    c->recount_blocks = c->recount_units = true;
+    c->recount_blocks = c->recount_units = c->recount_leases = true;
     atomic_store(&c->hdr->borrowed_pages, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (!is_unfinished(c, page, span))
@@ -349,7 +349,7 @@ static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span
         }
         r->leases++;
         r->lease_bytes += drop_cell(c, &leases[i].cell, cell);
-        atomic_fetch_sub_explicit(&sh_slot(c, SH_SPAN_SLOT(span))->leases, 1, RLX);
+        sh_add(&sh_slot(c, SH_SPAN_SLOT(span))->leases, SH_LEASE_TAKEN);
     }
     r->done = r->done && !left;
     return left ? SH_OK : free_cells(c, page, span);
@@ -430,7 +430,7 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
         return SH_OK;
     uint64_t owner = SH_OWNER(slot, atomic_load(&s->incarnation));
     r->done = true;
-    c->recount_blocks = c->recount_units = true;
+    c->recount_blocks = c->recount_units = c->recount_leases = true;
     if (atomic_load(&s->ended_ns) == 0)
         atomic_store(&s->ended_ns, sh_os_now_ns());
     enum sh_status status = set_state(c, s, SH_SLOT_DEAD);
@@ -485,7 +485,7 @@ uint32_t sh_refuse_waiters(struct sh_ctx *c)
         if (!in_use(c, i))
             continue;
         bool waits = atomic_load(&s->waiting) != 0;
-        bool holds = atomic_load(&s->pins) != 0 || atomic_load(&s->leases) != 0;
+        bool holds = atomic_load(&s->pins) != 0 || sh_leases(s) != 0;
         if (waits ? atomic_load(&s->wait_seen) != freed : holds)
             all = false;
         refused += waits;

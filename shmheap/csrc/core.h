@@ -142,6 +142,14 @@ static inline void sh_os_pause(void)
 #endif
 }
 
+/* The count of a slot's leases: one more, one less, and what it says. */
+#define SH_LEASE_MADE  ((1ull << 32) + 1)
+#define SH_LEASE_TAKEN ((1ull << 32) - 1)
+static inline uint32_t sh_leases(struct sh_slot *s)
+{
+    return (uint32_t)atomic_load(&s->leases);
+}
+
 /* lock.c */
 enum {
     SH_RANK_REGISTRY = 1,
@@ -163,16 +171,19 @@ void sh_poison(struct sh_ctx *);
 void sh_fork_ranks(void);
 #define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
 
-/* Changes a plain word under a lock: first its old value goes into the log (I-3). */
+/* Changes a plain word under a lock: first its old value goes into the log (I-3). Without the log
+ * (SH_NO_UNDO) tools/killpoints.py must find deaths that are not survived: its negative control. */
 static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint64_t value)
 {
     _Atomic uint64_t *at = word;
+#ifndef SH_NO_UNDO
     uint32_t n = atomic_load_explicit(&l->len, RLX);
     assert(n < SH_UNDO_MAX);
     l->log[n].off = (uint64_t)((uint8_t *)word - c->base);
     l->log[n].old = atomic_load_explicit(at, RLX);
     atomic_store_explicit(&l->len, n + 1, REL);
     atomic_signal_fence(memory_order_seq_cst);
+#endif
     SH_CRASH("log:entry");
     atomic_store_explicit(at, value, REL);
 }

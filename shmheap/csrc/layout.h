@@ -90,8 +90,11 @@ struct sh_slot {
     _Atomic uint64_t frees;                     /* blocks, whoever allocated them */
     _Atomic uint64_t alloc_bytes;
     _Atomic uint64_t freed_bytes;
-    _Atomic uint64_t pins;   /* cells in use */
-    _Atomic uint64_t leases; /* leases that nobody took; W: owner adds, anybody subtracts */
+    _Atomic uint64_t pins; /* cells in use */
+    /* leases that nobody took:32, and above them how often that changed; W: owner adds, anybody
+     * subtracts, after the cell and under the process lock. A death may leave it too high until the
+     * next collection. */
+    _Atomic uint64_t leases;
     uint64_t unused1[2 + 8]; /* the line beside the next slot's lock stays ours */
 };
 static_assert(sizeof(struct sh_slot) == 256, "a slot is four lines");

@@ -325,6 +325,45 @@ static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct
     c->recount_blocks = false;
 }
 
+static uint32_t leases_in(struct sh_ctx *c, uint32_t page)
+{
+    const struct sh_lease *leases = (const struct sh_lease *)sh_data(c, page);
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < c->kinds[SH_KIND_LEASES].nblocks; i++)
+        n += atomic_load_explicit(&leases[i].cell, ACQ) != 0;
+    return n;
+}
+
+/* Likewise for who died between taking a lease and counting it, which left its owner's count too
+ * high. Here the count changes last: after the handshake what the walk saw is counted. */
+static enum sh_status recount_leases(struct sh_ctx *c)
+{
+    uint64_t before[SH_MAX_SLOTS];
+    uint32_t page, n[SH_MAX_SLOTS] = {0};
+    struct sh_walk walk = {0};
+    uint64_t span;
+    enum sh_status status;
+    for (uint32_t i = 0; i < SH_MAX_SLOTS; i++)
+        before[i] = i < atomic_load(&c->hdr->slots_used) ? atomic_load(&sh_slot(c, i)->leases) : 0;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        if (SH_SPAN_STATE(span) != SH_LEASES)
+            continue;
+        if (!sh_hold_small(c, page, &span))
+            return SH_OK; /* it is another span by now: next time */
+        n[SH_SPAN_SLOT(span)] += leases_in(c, page);
+        sh_let_owner(c, span);
+    }
+    if (status != SH_ABSENT || (status = sh_handshake(c, -1)) != SH_OK)
+        return status;
+    c->recount_leases = false;
+    for (uint32_t i = 0; i < SH_MAX_SLOTS; i++)
+        if ((uint32_t)before[i] != n[i] &&
+            !atomic_compare_exchange_strong(&sh_slot(c, i)->leases, &before[i],
+                                            (before[i] | 0xffffffffu) + 1 + n[i]))
+            c->recount_leases = true; /* they moved: next time */
+    return SH_OK;
+}
+
 /* Frees every block that is neither marked nor touched, gives back empty spans and what deaths
  * lost. */
 enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
@@ -350,6 +389,8 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
         status = sh_give_all(c);
     if (status == SH_OK && c->recount_blocks)
         recount_blocks(c, s, &before);
+    if (status == SH_OK && c->recount_leases)
+        status = recount_leases(c);
     *blocks = s->blocks;
     *bytes = s->bytes;
     if (s->blocks != 0)

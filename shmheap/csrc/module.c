@@ -1419,7 +1419,7 @@ static PyObject *steward_slots(Heap *self, PyObject *unused)
         PyObject *row = Py_BuildValue(
             "(IIIIKKI)", i, (unsigned int)atomic_load(&s->state),
             (unsigned int)atomic_load(&s->pid), (unsigned int)atomic_load(&s->incarnation),
-            (unsigned long long)atomic_load(&s->pins), (unsigned long long)atomic_load(&s->leases),
+            (unsigned long long)atomic_load(&s->pins), (unsigned long long)sh_leases(s),
             (unsigned int)atomic_load(&s->waiting));
         if (row == NULL || PyList_Append(list, row) != 0)
             Py_CLEAR(list);

@@ -100,7 +100,8 @@ struct sh_ctx {
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
-    bool recount_blocks, recount_units; /* coordinator: somebody died since they were put right */
+    /* coordinator: somebody died since they were put right */
+    bool recount_blocks, recount_units, recount_leases;
     uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;                  /* SH_UNTRUSTED: what is wrong */

@@ -112,7 +112,7 @@ enum sh_status sh_attach_coordinator(struct sh_ctx *c, int wait_ms)
  * is the last one the heap may close here and now. */
 static bool close_if_last(struct sh_ctx *c)
 {
-    bool last = atomic_load(&c->slot->leases) == 0;
+    bool last = sh_leases(c->slot) == 0;
     if (sh_registry(c, 1000) != SH_OK)
         return false;
     for (uint32_t i = 1; last && i < atomic_load(&c->hdr->slots_used); i++)

@@ -119,7 +119,7 @@ void reap_dead(struct sh_ctx *lead, uint64_t lease_cutoff_ns)
     }
 }
 
-static uint64_t end_collection(struct sh_ctx *lead)
+uint64_t end_collection(struct sh_ctx *lead)
 {
     uint64_t units, bytes, swept;
     CHECK_OK(sh_sweep(lead, &swept, &bytes));
@@ -521,6 +521,21 @@ static void check_counts(struct sh_ctx *c, const struct tally *t, uint32_t flags
     free(h.word);
 }
 
+/* Each entry that was used is in one place: under its name, or in the free list. */
+static void check_roots(struct sh_ctx *c)
+{
+    const struct sh_root *roots = (const struct sh_root *)(c->base + c->geo.roots);
+    uint64_t n = 0, used = c->hdr->roots_used;
+    for (uint32_t b = 0; b <= SH_ROOT_BUCKETS; b++) {
+        uint64_t e = b < SH_ROOT_BUCKETS ? c->hdr->root_buckets[b] : c->hdr->roots_free;
+        for (; e != SH_NIL; e = roots[e].next) {
+            CHECK(e < used && ++n <= used);
+            CHECK(b == SH_ROOT_BUCKETS || roots[e].hash % SH_ROOT_BUCKETS == b);
+        }
+    }
+    CHECK(n == used);
+}
+
 void test_say(void *arg, const char *invariant, const char *what)
 {
     ++*(uint32_t *)arg;
@@ -552,6 +567,7 @@ void must_be_sound(struct sh_ctx *c, uint32_t flags)
     if (flags & EXACT_COUNTS)
         CHECK(t.committed == sh_committed_units(c));
     check_counts(c, &t, flags);
+    check_roots(c);
     CHECK_OK(sh_check(c, test_say, &violations));
     CHECK(violations == 0);
 }
@@ -603,4 +619,20 @@ void kernel_must_agree(struct sh_ctx *c)
     if (unit * unit_bytes < c->geo.capacity) /* above the high-water mark is nothing */
         CHECK(pages_held(c->fd, c->geo.data + unit * unit_bytes,
                          c->geo.capacity - unit * unit_bytes) == 0);
+}
+
+/* The heap is empty, and everything of it was given back. */
+void nothing_must_be_left(struct sh_ctx *lead)
+{
+    reap_dead(lead, UINT64_MAX);
+    CHECK(sh_users(lead) == 0);
+    collect(lead);
+    collect(lead);
+    release_all(lead);
+    must_be_empty(lead);
+    must_be_sound(lead, 0);
+    kernel_must_agree(lead);
+    CHECK(atomic_load(&lead->hdr->inuse_pages) == 0);
+    CHECK(sh_committed_units(lead) == 0);
+    counters_must_be(lead, 0, 0);
 }

@@ -68,8 +68,9 @@ enum sh_status handle_open(struct sh_ctx *, const struct handle *, struct sh_ref
 
 /* Coordinator */
 void reap_dead(struct sh_ctx *lead, uint64_t lease_cutoff_ns);
-uint64_t collect(struct sh_ctx *lead);     /* a cycle; blocks swept */
-uint64_t release_all(struct sh_ctx *lead); /* bytes */
+uint64_t collect(struct sh_ctx *lead);        /* a cycle; blocks swept */
+uint64_t end_collection(struct sh_ctx *lead); /* what follows marking */
+uint64_t release_all(struct sh_ctx *lead);    /* bytes */
 
 /* Death: a forked child dies at the n-th passing of a crash point. */
 extern const char *die_at;
@@ -92,5 +93,6 @@ void must_be_empty(struct sh_ctx *);                                      /* no 
 void counters_must_be(struct sh_ctx *, uint64_t blocks, uint64_t bytes);
 uint64_t live_blocks(struct sh_ctx *);
 void kernel_must_agree(struct sh_ctx *);
+void nothing_must_be_left(struct sh_ctx *lead); /* after the last user */
 
 #endif

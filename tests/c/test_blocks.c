@@ -180,10 +180,10 @@ static void test_leases(void)
     struct sh_ref r = block_new(&s->a, 1000), got, again;
     struct handle h = handle_lease(&s->a, &r);
     block_drop(&s->a, &r); /* only the lease holds it now */
-    CHECK(live_blocks(&s->a) == 1 && atomic_load(&s->a.slot->leases) == 1);
+    CHECK(live_blocks(&s->a) == 1 && sh_leases(s->a.slot) == 1);
     collect(&s->lead);
     CHECK_OK(handle_open(&s->b, &h, &got));
-    CHECK(atomic_load(&s->a.slot->leases) == 0);
+    CHECK(sh_leases(s->a.slot) == 0);
     must_be_sound(&s->a, EXACT_COUNTS);
     CHECK_OK(handle_open(&s->a, &h, &again)); /* the lease is gone, the block lives */
     CHECK(again.nbytes == 1000);
@@ -241,7 +241,7 @@ static void test_lease_of_another_block(void)
     old.seq = fresh.seq;
     CHECK_IS(handle_open(&s->b, &old, &got), SH_STALE);
     CHECK_OK(handle_open(&s->b, &fresh, &got));
-    CHECK(atomic_load(&s->a.slot->leases) == 0);
+    CHECK(sh_leases(s->a.slot) == 0);
     block_drop(&s->b, &got);
     block_drop(&s->a, &r);
     must_be_sound(&s->a, EXACT_COUNTS);

@@ -133,21 +133,6 @@ static struct theatre *theatre_new(void)
     return t;
 }
 
-static void nothing_must_be_left(struct sh_ctx *lead)
-{
-    reap_dead(lead, UINT64_MAX);
-    CHECK(sh_users(lead) == 0);
-    collect(lead);
-    collect(lead);
-    release_all(lead);
-    must_be_empty(lead);
-    must_be_sound(lead, 0);
-    kernel_must_agree(lead);
-    CHECK(atomic_load(&lead->hdr->inuse_pages) == 0);
-    CHECK(sh_committed_units(lead) == 0);
-    counters_must_be(lead, 0, 0);
-}
-
 static void finish(struct theatre *t, uint32_t children)
 {
     struct sh_ctx c;
@@ -207,6 +192,7 @@ struct scene {
     int fd;
     struct sh_ctx witness, lead;
     struct sh_ref kept[40];
+    struct handle lease;
     const char *point;
     uint32_t nth;
 };
@@ -392,11 +378,46 @@ static void test_a_waiter_that_dies_is_not_subtracted_twice(void)
     }
 }
 
+static void take_lease(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_ctx c;
+    struct sh_ref r;
+    arena_join(&c, s->fd);
+    die_when(s->point, 1);
+    handle_open(&c, &s->lease, &r);
+}
+
+/* The count of leases of a process that lives stayed too high for ever when the taker of one died:
+ * with it, a wait for memory that nobody can free was never refused. */
+static void test_a_taker_that_dies_leaves_no_lease_on_the_books(void)
+{
+    struct scene *s = calloc(1, sizeof *s);
+    s->fd = arena_new(CAPACITY, NO_LIMIT);
+    arena_join(&s->witness, s->fd);
+    struct sh_ref mine = block_new(&s->witness, 100), other = block_new(&s->witness, 100);
+    s->lease = handle_lease(&s->witness, &mine);
+    handle_lease(&s->witness, &other);
+    s->point = "lease:taken";
+    CHECK(!child_survives(take_lease, s, NULL, 0));
+    arena_lead(&s->lead, s->fd);
+    reap_dead(&s->lead, UINT64_MAX);
+    collect(&s->lead);
+    CHECK(sh_leases(s->witness.slot) == 1);
+    arena_leave(&s->witness);
+    nothing_must_be_left(&s->lead);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
 int main(int argc, char **argv)
 {
     static const struct test tests[] = {
         {"user_crash_points", test_user_crash_points},
         {"coordinator_crash_points", test_coordinator_crash_points},
+        {"a_taker_that_dies_leaves_no_lease_on_the_books",
+         test_a_taker_that_dies_leaves_no_lease_on_the_books},
         {"a_waiter_that_dies_is_not_subtracted_twice",
          test_a_waiter_that_dies_is_not_subtracted_twice},
         {"users_are_killed", test_users_are_killed},
