@@ -127,7 +127,8 @@ static const char *fault_of(const struct sh_header *h, uint64_t file_bytes)
         return "it is not a shmheap arena";
     if (h->version != SH_VERSION || h->header_bytes != sizeof *h)
         return "it was made by another version of shmheap";
-    if (1ull << h->unit_shift != (uint64_t)sysconf(_SC_PAGESIZE) && h->unit_shift != 21)
+    if (h->unit_shift != (uint32_t)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE)) &&
+        h->unit_shift != 21) /* before anything is shifted by it */
         return "its page size is not this system's";
     if (h->page_shift != (h->unit_shift > PAGE_SHIFT ? h->unit_shift : PAGE_SHIFT))
         return "its page size is not one that shmheap makes";
@@ -186,6 +187,7 @@ enum sh_status sh_map(struct sh_ctx *c, int fd, bool writable)
     c->hdr = (struct sh_header *)c->base;
     c->fd = fd;
     c->patience_ms = 10000;
+    c->mutex_kind = sh_mutex_kind();
     sh_kinds_init(c);
     if (writable && !map_private(c)) {
         c->fd = -1;
@@ -238,4 +240,20 @@ const char *sh_status_text(enum sh_status s)
                                        "out of private memory",
                                        "system error"};
     return s < sizeof text / sizeof text[0] ? text[s] : "unknown";
+}
+
+const char *sh_fault_text(uint32_t fault)
+{
+    static const char *const text[] = {"nothing",
+                                       "the bytes of a lock are damaged, rank",
+                                       "the undo log of a lock is damaged, rank",
+                                       "the high-water mark is senseless:",
+                                       "the record of a span is damaged, page",
+                                       "a list of spans is torn, page",
+                                       "a run that is not its giver's was given back, page",
+                                       "handles in use have lost their span, page",
+                                       "the table of named roots is damaged, entry",
+                                       "a named root stands for a block that is gone, entry"};
+    static_assert(sizeof text / sizeof text[0] == SH_NFAULTS, "each has a text");
+    return fault < SH_NFAULTS ? text[fault] : "the word that would say what is damaged itself,";
 }
