@@ -205,6 +205,7 @@ enum sh_status sh_map(struct sh_ctx *c, int fd, bool writable)
     c->hdr = (struct sh_header *)c->base;
     c->fd = fd;
     c->patience_ms = 10000;
+    c->mutex_kind = sh_mutex_kind();
     sh_kinds_init(c);
     if (writable && !map_private(c)) {
         c->fd = -1;
@@ -257,4 +258,20 @@ const char *sh_status_text(enum sh_status s)
                                        "out of private memory",
                                        "system error"};
     return s < sizeof text / sizeof text[0] ? text[s] : "unknown";
+}
+
+const char *sh_fault_text(uint32_t fault)
+{
+    static const char *const text[] = {"nothing",
+                                       "the bytes of a lock are damaged, rank",
+                                       "the undo log of a lock is damaged, rank",
+                                       "the high-water mark is senseless:",
+                                       "the record of a span is damaged, page",
+                                       "a list of spans is torn, page",
+                                       "a run that is not its giver's was given back, page",
+                                       "handles in use have lost their span, page",
+                                       "the table of named roots is damaged, entry",
+                                       "a named root stands for a block that is gone, entry"};
+    static_assert(sizeof text / sizeof text[0] == SH_NFAULTS, "each has a text");
+    return fault < SH_NFAULTS ? text[fault] : "the word that would say what is damaged itself,";
 }

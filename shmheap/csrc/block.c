@@ -136,8 +136,8 @@ static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, 
         *span = sh_span(c, *head);
     }
     uint32_t state = SH_SPAN_STATE(*span);
-    return (state == SH_LARGE || (state == SH_SMALL && SH_SPAN_KIND(*span) < SH_NCLASSES)) &&
-           page - *head < SH_SPAN_NPAGES(*span);
+    return (state == SH_LARGE || state == SH_SMALL) && page - *head < SH_SPAN_NPAGES(*span) &&
+           sh_span_fits(c, *head, *span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
 }
 
 static void fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
@@ -391,6 +391,8 @@ void sh_block_freed(struct sh_ctx *c, const struct sh_ref *r)
     uint64_t span = sh_span(c, r->page);
     if (r->kind != SH_KIND_LARGE) {
         sh_span_freed(c, r->page, span, r->word);
+    } else if (SH_SPAN_STATE(span) != SH_LARGE) {
+        sh_corrupt(c, SH_FAULT_SPAN, r->page);
     } else {
         uint64_t mark = atomic_load_explicit(&sh_page(c, r->page)->mark, RLX);
         uint64_t gen = SH_GEN(atomic_load_explicit(r->word, RLX));

@@ -15,12 +15,6 @@
 
 #define BATCH 32u /* runs taken from the page heap at a time, and given back together */
 
-static uint32_t slots_used(const struct sh_ctx *c)
-{
-    uint32_t n = atomic_load_explicit(&c->hdr->slots_used, ACQ);
-    return n < SH_MAX_SLOTS ? n : SH_MAX_SLOTS;
-}
-
 static bool in_use(const struct sh_ctx *c, uint32_t slot)
 {
     return atomic_load_explicit(&sh_slot(c, slot)->state, ACQ) != SH_SLOT_FREE;
@@ -31,7 +25,7 @@ static bool in_use(const struct sh_ctx *c, uint32_t slot)
 enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
 {
     enum sh_status all = SH_OK;
-    for (uint32_t i = 0; i < slots_used(c); i++) {
+    for (uint32_t i = 0; i < sh_slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
         if (i != 0 && !in_use(c, i))
             continue;
@@ -57,7 +51,7 @@ struct sh_sums sh_sum(const struct sh_ctx *c)
                           .frees = atomic_load(&h->past_frees),
                           .alloc_bytes = atomic_load(&h->past_alloc_bytes),
                           .freed_bytes = atomic_load(&h->past_freed_bytes)};
-    for (uint32_t i = 0; i < slots_used(c); i++) {
+    for (uint32_t i = 0; i < sh_slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
         sum.mallocs += atomic_load(&s->mallocs);
         sum.frees += atomic_load(&s->frees);
@@ -201,9 +195,9 @@ static bool take_orphan(struct sh_ctx *c, uint32_t page, uint64_t *span)
 {
     if (sh_heap_lock(c, c->patience_ms) != SH_OK)
         return false;
-    bool same = sh_span(c, page) == *span;
+    bool same =
+        sh_span(c, page) == *span && sh_unlink(c, &c->hdr->orphans[SH_SPAN_KIND(*span)], page);
     if (same) {
-        sh_unlink(c, &c->hdr->orphans[SH_SPAN_KIND(*span)], page);
         *span = (*span & ~SH_OWNER_MASK) | c->owner;
         sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, *span);
     }
@@ -217,10 +211,12 @@ static enum sh_status make_orphan(struct sh_ctx *c, uint32_t page, uint64_t span
     enum sh_status status = sh_heap_lock(c, c->patience_ms);
     if (status != SH_OK)
         return status;
-    sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, false);
-    sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, span & ~SH_OWNER_MASK);
+    if (sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, false))
+        sh_set(c, &c->hdr->heap, &sh_page(c, page)->span, span & ~SH_OWNER_MASK);
+    else
+        status = SH_CORRUPT;
     sh_heap_unlock(c);
-    return SH_OK;
+    return status;
 }
 
 /* A span whose owner is gone: empty ones go back, the others become orphans. */
@@ -426,7 +422,7 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
 {
     struct sh_slot *s = sh_slot(c, slot);
     memset(r, 0, sizeof *r);
-    if (slot == 0 || slot >= slots_used(c) || !in_use(c, slot) || sh_alive(c, slot))
+    if (slot == 0 || slot >= sh_slots_used(c) || !in_use(c, slot) || sh_alive(c, slot))
         return SH_OK;
     uint64_t owner = SH_OWNER(slot, atomic_load(&s->incarnation));
     r->done = true;
@@ -452,7 +448,7 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
 uint32_t sh_users(struct sh_ctx *c)
 {
     uint32_t users = 0;
-    for (uint32_t i = 1; i < slots_used(c); i++)
+    for (uint32_t i = 1; i < sh_slots_used(c); i++)
         users += in_use(c, i);
     return users;
 }
@@ -480,7 +476,7 @@ uint32_t sh_refuse_waiters(struct sh_ctx *c)
     bool all = true;
     if (sh_registry(c, c->patience_ms) != SH_OK)
         return 0;
-    for (uint32_t i = 1; i < slots_used(c); i++) {
+    for (uint32_t i = 1; i < sh_slots_used(c); i++) {
         struct sh_slot *s = sh_slot(c, i);
         if (!in_use(c, i))
             continue;
@@ -490,7 +486,7 @@ uint32_t sh_refuse_waiters(struct sh_ctx *c)
             all = false;
         refused += waits;
     }
-    for (uint32_t i = 1; all && i < slots_used(c); i++)
+    for (uint32_t i = 1; all && i < sh_slots_used(c); i++)
         if (atomic_load(&sh_slot(c, i)->waiting) != 0)
             atomic_store(&sh_slot(c, i)->refused, freed + 1);
     sh_unlock(c, &c->hdr->registry);
@@ -685,11 +681,11 @@ static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t 
  * whatever `before` counts is in the words. */
 static void recount_units(struct sh_ctx *c)
 {
-    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift),
-             before = atomic_load(&c->hdr->committed), n = 0;
-    if (!c->recount_units || sh_handshake(c, -1) != SH_OK)
+    uint64_t pages = atomic_load(&c->hdr->used_pages), before = atomic_load(&c->hdr->committed),
+             n = 0;
+    if (!c->recount_units || pages > c->geo.npages || sh_handshake(c, -1) != SH_OK)
         return;
-    for (uint64_t unit = 0; unit < used; unit++) {
+    for (uint64_t unit = 0; unit < sh_unit_of_page(c, (uint32_t)pages); unit++) {
         uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));
         if (state == SH_UNIT_RESERVED || state == SH_UNIT_RELEASING)
             return;

@@ -53,6 +53,12 @@ static inline void sh_set_span(struct sh_ctx *c, uint32_t page, uint64_t span)
     atomic_store_explicit(&sh_page(c, page)->span, span, REL);
 }
 
+static inline uint32_t sh_slots_used(const struct sh_ctx *c)
+{
+    uint32_t n = atomic_load_explicit(&c->hdr->slots_used, ACQ);
+    return n < SH_MAX_SLOTS ? n : SH_MAX_SLOTS;
+}
+
 static inline _Atomic uint32_t *sh_unit(const struct sh_ctx *c, uint64_t unit)
 {
     return (_Atomic uint32_t *)(c->base + c->geo.units) + unit;
@@ -135,6 +141,7 @@ int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms); /* 0 or errn
 void sh_os_wake(_Atomic uint32_t *word);
 int sh_os_spawn_detached(char *const argv[], const char *log_path); /* 0 or errno */
 void sh_os_nap(long ns);
+bool sh_os_may_hold(const struct sh_ctx *, uint32_t thread); /* has it the arena mapped? */
 static inline void sh_os_pause(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
@@ -158,6 +165,7 @@ enum {
     SH_RANK_PROCESS
 };
 int sh_mutex_init(pthread_mutex_t *);
+int sh_mutex_kind(void);
 void sh_lock_init(struct sh_lock *, uint32_t rank);
 /* SH_OK, SH_BUSY, SH_CORRUPT; SH_CHANGED: held, but its log was bad and the caller must rebuild
  * what it guards and then call sh_lock_rebuilt. */
@@ -167,7 +175,8 @@ void sh_lock_rebuilt(struct sh_lock *);
 enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
 enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
 void sh_process_unlock(struct sh_slot *);
-void sh_poison(struct sh_ctx *);
+/* Refused by everybody from now on, and told by what was found here. SH_CORRUPT, for its caller. */
+enum sh_status sh_corrupt(struct sh_ctx *, enum sh_fault, uint64_t where);
 void sh_fork_ranks(void);
 #define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
 
@@ -200,6 +209,8 @@ static inline void sh_heap_unlock(struct sh_ctx *c)
 {
     sh_unlock(c, &c->hdr->heap);
 }
+/* A record as it can be, of a span that ends below the high-water mark. */
+bool sh_span_fits(const struct sh_ctx *, uint32_t page, uint64_t span, uint64_t used);
 enum sh_status sh_pages_take(struct sh_ctx *, uint32_t npages, int wait_ms, uint32_t *page);
 bool sh_pages_take_at(struct sh_ctx *, uint32_t page, uint64_t span); /* heap locked */
 enum sh_status sh_pages_give(struct sh_ctx *, const uint32_t *pages, uint32_t n, int wait_ms);
@@ -221,8 +232,9 @@ void sh_set_units(struct sh_ctx *, uint64_t unit, uint64_t n, uint32_t value);
 enum sh_status sh_status_of_errno(int error);
 uint32_t sh_head_of(const struct sh_ctx *,
                     uint32_t page); /* SH_NIL: not inside a span with a head */
-void sh_link(struct sh_ctx *, uint64_t *list, uint32_t page, bool at_end); /* heap locked, logged */
-void sh_unlink(struct sh_ctx *, uint64_t *list, uint32_t page);
+/* Heap locked, logged. False: the list is torn, and now everybody knows. */
+bool sh_link(struct sh_ctx *, uint64_t *list, uint32_t page, bool at_end);
+bool sh_unlink(struct sh_ctx *, uint64_t *list, uint32_t page);
 uint32_t sh_bin_of(uint32_t npages);
 
 /* Heads of spans in page order, a batch at a time; the batch is a snapshot under the heap lock. */

@@ -51,7 +51,7 @@ struct sh_undo {
 /* A lock with the log of the operation that holds it. Registry, roots and heap have one each. */
 struct sh_lock {
     _Alignas(SH_LINE) pthread_mutex_t mutex; /* robust, error-checking, process-shared */
-    uint32_t rank;                           /* order of acquisition; W: creation */
+    uint32_t rank;                           /* order of acquisition, SH_RANK_; W: creation */
     _Alignas(SH_LINE) _Atomic uint32_t len;  /* entries published; W: holder, or whoever recovers */
     _Atomic uint32_t rebuild; /* 1: the log was bad, the caches are to be rebuilt; W: holder */
     struct sh_undo log[SH_UNDO_MAX]; /* W: holder */
@@ -224,6 +224,25 @@ struct sh_request_line {
     _Atomic uint64_t fields[SH_REPORT_FIELDS]; /* the answer; W: coordinator, before done */
 };
 
+/* What made somebody poison the arena, and, in brackets, where. */
+enum sh_fault {
+    SH_FAULT_NONE,
+    SH_FAULT_LOCK,  /* the bytes of a lock (its rank) */
+    SH_FAULT_LOG,   /* what cannot be rebuilt, and the log is bad (rank of the lock) */
+    SH_FAULT_USED,  /* the high-water mark, or that of the tables (pages) */
+    SH_FAULT_SPAN,  /* the record of a span (its page) */
+    SH_FAULT_LIST,  /* a list of free runs or orphans, or its link (page) */
+    SH_FAULT_GIVEN, /* a run on its way back to the page heap (page) */
+    SH_FAULT_CELLS, /* a span of pins that are in use is its owner's no more (page) */
+    SH_FAULT_NAMES, /* the table of named roots (entry) */
+    SH_FAULT_ROOT,  /* a named root whose block is gone (entry) */
+    SH_NFAULTS
+};
+
+#define SH_FAULT(fault, where) ((uint64_t)(fault) | (uint64_t)(where) << 8)
+#define SH_FAULT_OF(poisoned)  ((uint32_t)(poisoned) & 0xffu)
+#define SH_FAULT_AT(poisoned)  ((poisoned) >> 8)
+
 /* Why the coordinator was woken. */
 enum {
     SH_WANT_GC = 1,
@@ -260,8 +279,10 @@ struct sh_header {
     /* L: registry */
     _Alignas(SH_LINE) _Atomic uint32_t closing; /* 1: nobody may attach any more */
     _Atomic uint32_t unlinked;                  /* 1: the name is gone; W: whoever unlinked */
-    _Atomic uint32_t poisoned;   /* 1: a rebuild failed; W: anybody, for ever (I-3) */
-    _Atomic uint32_t slots_used; /* slots 0..n-1 were used at some time */
+    _Atomic uint32_t slots_used;                /* slots 0..n-1 were used at some time */
+    /* 0, or what was found that cannot be: enum sh_fault:8 where:56; W: whoever finds one first, by
+     * CAS, for ever; no L (I-3) */
+    _Atomic uint64_t poisoned;
 
     /* Read on many paths, written rarely */
     _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator */

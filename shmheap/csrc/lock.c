@@ -9,6 +9,7 @@
 #include "core.h"
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <time.h>
 
 #ifdef SH_DEBUG
@@ -62,15 +63,46 @@ void sh_lock_init(struct sh_lock *l, uint32_t rank)
     atomic_store(&l->rebuild, 0);
 }
 
-static int acquire(pthread_mutex_t *m, int wait_ms)
+/* What libc makes of those attributes. A mutex of another kind was not made by us, and libc would
+ * trust it: with priority inheritance, for one, it aborts. */
+int sh_mutex_kind(void)
 {
-    int rc = pthread_mutex_trylock(m);
-    if (rc != EBUSY || wait_ms == 0)
-        return rc;
-    uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
-    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u),
-                         .tv_nsec = (long)(until % 1000000000u)};
-    return pthread_mutex_clocklock(m, CLOCK_MONOTONIC, &t);
+    pthread_mutex_t m;
+    return sh_mutex_init(&m) == 0 ? m.__data.__kind : 0;
+}
+
+static uint32_t holder_of(pthread_mutex_t *m)
+{
+    return (uint32_t)__atomic_load_n(&m->__data.__lock, __ATOMIC_ACQUIRE);
+}
+
+/* The word has named one thread all the time, which cannot have taken the mutex: the kernel clears
+ * the word of a thread that ends. */
+static bool nobody_holds(const struct sh_ctx *c, pthread_mutex_t *m, uint32_t holder)
+{
+    return !(holder & FUTEX_OWNER_DIED) && !sh_os_may_hold(c, holder & FUTEX_TID_MASK) &&
+           holder_of(m) == holder;
+}
+
+#define LOOK_MS 50 /* waited for one holder before a look whether there is one */
+
+/* 0, EOWNERDEAD, EBUSY or ETIMEDOUT; anything else: these bytes are no mutex. */
+static int acquire(const struct sh_ctx *c, pthread_mutex_t *m, int wait_ms)
+{
+    int rc = m->__data.__kind == c->mutex_kind ? pthread_mutex_trylock(m) : EINVAL;
+    uint64_t now = wait_ms != 0 && rc == EBUSY ? sh_os_now_ns() : 0;
+    uint64_t until = now + (uint64_t)wait_ms * 1000000u, step = LOOK_MS * 1000000u;
+    while ((rc == EBUSY || rc == ETIMEDOUT) && now < until) {
+        uint32_t holder = holder_of(m);
+        uint64_t next = until - now < step ? until : now + step;
+        struct timespec t = {.tv_sec = (time_t)(next / 1000000000u),
+                             .tv_nsec = (long)(next % 1000000000u)};
+        rc = pthread_mutex_clocklock(m, CLOCK_MONOTONIC, &t);
+        if (rc == ETIMEDOUT && nobody_holds(c, m, holder))
+            return EINVAL;
+        now = next;
+    }
+    return rc;
 }
 
 /* Process locks. Only the process itself and the coordinator take one, so it is nearly always free;
@@ -143,11 +175,9 @@ static bool may_be_logged(const struct sh_ctx *c, uint64_t off)
     const struct sh_header *h = c->hdr;
     uint64_t heap = (uint64_t)((const uint8_t *)&h->used_pages - c->base);
     uint64_t heap_end = (uint64_t)((const uint8_t *)&h->past_mallocs - c->base);
-    uint64_t registry = (uint64_t)((const uint8_t *)&h->closing - c->base);
     if (off % 8 != 0)
         return false;
-    return (off >= heap && off < heap_end) || (off >= registry && off < registry + SH_LINE) ||
-           (off >= c->geo.roots && off < c->geo.pages) ||
+    return (off >= heap && off < heap_end) || (off >= c->geo.roots && off < c->geo.pages) ||
            (off >= c->geo.pages && off < c->geo.units);
 }
 
@@ -168,19 +198,31 @@ static bool roll_back(struct sh_ctx *c, struct sh_lock *l)
     return true;
 }
 
+/* By where it lies: the one in the header may have been written over. */
+static uint32_t rank_of(const struct sh_ctx *c, const struct sh_lock *l)
+{
+    return l == &c->hdr->registry ? SH_RANK_REGISTRY
+           : l == &c->hdr->roots  ? SH_RANK_ROOTS
+                                  : SH_RANK_HEAP;
+}
+
 enum sh_status sh_lock(struct sh_ctx *c, struct sh_lock *l, int wait_ms)
 {
-    int rc = acquire(&l->mutex, wait_ms);
+    if (atomic_load_explicit(&c->hdr->poisoned, RLX))
+        return SH_CORRUPT;
+    int rc = acquire(c, &l->mutex, wait_ms);
     if (rc == EBUSY || rc == ETIMEDOUT)
         return in_vain(c, wait_ms);
     if (rc != 0 && rc != EOWNERDEAD)
-        return SH_CORRUPT;
-    rank_taken(l->rank);
-    if (rc == EOWNERDEAD) {
-        if (!roll_back(c, l))
-            atomic_store_explicit(&l->rebuild, 1, REL); /* until rebuilt, also if we die */
+        return sh_corrupt(c, SH_FAULT_LOCK, rank_of(c, l));
+    rank_taken(rank_of(c, l));
+    bool left_open = rc == 0 && atomic_load_explicit(&l->len, RLX) != 0; /* nobody leaves it so */
+    if (left_open || (rc == EOWNERDEAD && !roll_back(c, l)))
+        atomic_store_explicit(&l->rebuild, 1, REL); /* until rebuilt, also if we die */
+    if (left_open)
+        sh_commit(l);
+    if (rc == EOWNERDEAD)
         pthread_mutex_consistent(&l->mutex);
-    }
     if (atomic_load_explicit(&c->hdr->poisoned, RLX)) {
         sh_unlock(c, l);
         return SH_CORRUPT;
@@ -188,11 +230,12 @@ enum sh_status sh_lock(struct sh_ctx *c, struct sh_lock *l, int wait_ms)
     return atomic_load_explicit(&l->rebuild, RLX) ? SH_CHANGED : SH_OK;
 }
 
+/* Of a poisoned arena, what was found stays as it was found: half an operation is undone. */
 void sh_unlock(struct sh_ctx *c, struct sh_lock *l)
 {
-    (void)c;
-    sh_commit(l);
-    rank_left(l->rank);
+    if (!atomic_load_explicit(&c->hdr->poisoned, RLX) || !roll_back(c, l))
+        sh_commit(l);
+    rank_left(rank_of(c, l));
     pthread_mutex_unlock(&l->mutex);
 }
 
@@ -213,10 +256,13 @@ void sh_lock_rebuilt(struct sh_lock *l)
     atomic_store_explicit(&l->rebuild, 0, REL);
 }
 
-/* What cannot be repaired is refused by everybody from now on, never used in silence (I-3). */
-void sh_poison(struct sh_ctx *c)
+/* What cannot be repaired is refused by everybody from now on, never used in silence (I-3). The
+ * first one to find something is the one to tell. */
+enum sh_status sh_corrupt(struct sh_ctx *c, enum sh_fault fault, uint64_t where)
 {
-    atomic_store(&c->hdr->poisoned, 1);
+    uint64_t sound = 0;
+    atomic_compare_exchange_strong(&c->hdr->poisoned, &sound, SH_FAULT(fault, where));
+    return SH_CORRUPT;
 }
 
 /* The process lock: from reading the phase to the last step of an operation (rule 4). */

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/futex.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -179,6 +180,23 @@ uint64_t sh_os_pid_namespace(void)
     return stat("/proc/self/ns/pid", &st) == 0 ? st.st_ino : 0;
 }
 
+/* Whether a thread is there and has the arena mapped. Who cannot tell says that it may. A file of
+ * another file system with our number looks like ours: that errs on the safe side. */
+bool sh_os_may_hold(const struct sh_ctx *c, uint32_t thread)
+{
+    char path[64], line[512];
+    unsigned long long inode;
+    bool found = false;
+    snprintf(path, sizeof path, "/proc/%u/maps", thread);
+    FILE *maps = thread == 0 ? NULL : fopen(path, "re");
+    if (maps == NULL) /* another user's may be hidden from us */
+        return thread != 0 && (kill((pid_t)thread, 0) == 0 || errno != ESRCH);
+    while (!found && fgets(line, sizeof line, maps) != NULL)
+        found = sscanf(line, "%*x-%*x %*4s %*x %*x:%*x %llu", &inode) == 1 && inode == c->ino;
+    fclose(maps);
+    return found; /* no line: no memory, as a kernel thread or a zombie */
+}
+
 int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms)
 {
     struct timespec t = {.tv_sec = wait_ms / 1000, .tv_nsec = (long)(wait_ms % 1000) * 1000000};
@@ -231,7 +249,6 @@ int sh_os_spawn_detached(char *const argv[], const char *log_path)
 }
 
 #ifdef SH_CRASH_POINTS
-#include <signal.h>
 #include <string.h>
 __attribute__((weak)) void sh_crash_point(const char *name) /* the C tests have their own */
 {

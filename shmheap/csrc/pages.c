@@ -66,41 +66,76 @@ static void set_link(struct sh_ctx *c, uint32_t page, uint32_t next, uint32_t pr
     sh_set(c, &c->hdr->heap, &sh_page(c, page)->link, SH_PAIR(next, prev));
 }
 
-void sh_link(struct sh_ctx *c, uint64_t *list, uint32_t page, bool at_end)
+/* Links are pages below the high-water mark, and neighbours name each other. Where they do not,
+ * somebody has written what is not theirs: no step is taken along such a link, so no list is walked
+ * in a circle and nothing outside the records is touched. */
+
+static bool torn(struct sh_ctx *c, uint64_t page)
 {
-    uint32_t head = (uint32_t)*list;
-    if (head == SH_NIL) {
+    sh_corrupt(c, SH_FAULT_LIST, page);
+    return false;
+}
+
+static bool is_used(const struct sh_ctx *c, uint64_t page)
+{
+    return page < atomic_load_explicit(&c->hdr->used_pages, RLX); /* see door_is_sound */
+}
+
+bool sh_link(struct sh_ctx *c, uint64_t *list, uint32_t page, bool at_end)
+{
+    uint64_t first = *list;
+    if (first == SH_NIL) {
         set_link(c, page, page, page);
         sh_set(c, &c->hdr->heap, list, page);
-        return;
+        return true;
     }
-    uint32_t last = SH_LO(link_of(c, head));
+    if (!is_used(c, first) || first == page)
+        return torn(c, first);
+    uint32_t head = (uint32_t)first;
+    uint64_t of_head = link_of(c, head);
+    uint32_t last = SH_LO(of_head);
+    if (!is_used(c, last) || last == page)
+        return torn(c, head);
+    uint64_t of_last = link_of(c, last);
+    if (SH_HI(of_last) != head)
+        return torn(c, last);
     set_link(c, page, head, last);
     if (last == head) {
         set_link(c, head, page, page);
     } else {
-        set_link(c, last, page, SH_LO(link_of(c, last)));
-        set_link(c, head, SH_HI(link_of(c, head)), page);
+        set_link(c, last, page, SH_LO(of_last));
+        set_link(c, head, SH_HI(of_head), page);
     }
     if (!at_end)
         sh_set(c, &c->hdr->heap, list, page);
+    return true;
 }
 
-void sh_unlink(struct sh_ctx *c, uint64_t *list, uint32_t page)
+bool sh_unlink(struct sh_ctx *c, uint64_t *list, uint32_t page)
 {
-    uint32_t next = SH_HI(link_of(c, page)), prev = SH_LO(link_of(c, page));
+    uint64_t link = link_of(c, page), of_next, of_prev;
+    uint32_t next = SH_HI(link), prev = SH_LO(link);
+    if (!is_used(c, *list) || !is_used(c, next) || !is_used(c, prev))
+        return torn(c, page);
+    of_next = link_of(c, next);
+    of_prev = link_of(c, prev);
+    if (SH_LO(of_next) != page || SH_HI(of_prev) != page)
+        return torn(c, page);
     if (next == page) {
+        if (*list != page)
+            return torn(c, page);
         sh_set(c, &c->hdr->heap, list, SH_NIL);
-        return;
+        return true;
     }
     if (next == prev) {
         set_link(c, next, next, next);
     } else {
-        set_link(c, prev, next, SH_LO(link_of(c, prev)));
-        set_link(c, next, SH_HI(link_of(c, next)), prev);
+        set_link(c, prev, next, SH_LO(of_prev));
+        set_link(c, next, SH_HI(of_next), prev);
     }
     if (*list == page)
         sh_set(c, &c->hdr->heap, list, next);
+    return true;
 }
 
 static void set_bin_bit(struct sh_ctx *c, uint32_t bin)
@@ -112,19 +147,23 @@ static void set_bin_bit(struct sh_ctx *c, uint32_t bin)
         sh_set(c, &c->hdr->heap, bits, want);
 }
 
-static void bin_insert(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
+static bool bin_insert(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
 {
     uint32_t bin = sh_bin_of(n);
     bool untouched = released == (uint64_t)n * sh_units_per_page(c);
-    sh_link(c, &c->hdr->bins[bin], page, untouched);
+    if (!sh_link(c, &c->hdr->bins[bin], page, untouched))
+        return false;
     set_bin_bit(c, bin);
+    return true;
 }
 
-static void bin_remove(struct sh_ctx *c, uint32_t page, uint32_t n)
+static bool bin_remove(struct sh_ctx *c, uint32_t page, uint32_t n)
 {
     uint32_t bin = sh_bin_of(n);
-    sh_unlink(c, &c->hdr->bins[bin], page);
+    if (!sh_unlink(c, &c->hdr->bins[bin], page))
+        return false;
     set_bin_bit(c, bin);
+    return true;
 }
 
 /* Free runs. All of this with the heap lock held */
@@ -148,16 +187,16 @@ static bool is_free(struct sh_ctx *c, uint32_t page, uint32_t *n)
 {
     uint64_t span = sh_span(c, page);
     *n = SH_SPAN_NPAGES(span);
-    return SH_SPAN_STATE(span) == SH_FREE;
+    return SH_SPAN_STATE(span) == SH_FREE && *n != 0 && is_used(c, (uint64_t)page + *n - 1);
 }
 
-static void put_free(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
+static bool put_free(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t released)
 {
     set_span(c, page, SH_SPAN(SH_FREE, 0, 0, n));
     set_head(c, page, page, released);
     if (n > 1)
         set_head(c, page + n - 1, page, 0);
-    bin_insert(c, page, n, released);
+    return bin_insert(c, page, n, released);
 }
 
 /* The free run that ends just before a page, SH_NIL if that page is in use. */
@@ -172,30 +211,50 @@ static uint32_t free_run_before(struct sh_ctx *c, uint32_t page)
     return SH_NIL;
 }
 
-/* RESERVED or RELEASING becomes FREE, merged with free neighbours. */
-static void give(struct sh_ctx *c, uint32_t page, uint64_t released)
+/* The length of a run that is ours to give back; 0: it is not, and everybody knows. */
+static uint32_t run_of_ours(struct sh_ctx *c, uint32_t page)
 {
-    uint32_t n = SH_SPAN_NPAGES(sh_span(c, page)), more;
     uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    uint64_t span = page < used && page < c->geo.npages ? sh_span(c, page) : 0;
+    uint32_t state = SH_SPAN_STATE(span), n = SH_SPAN_NPAGES(span);
+    if ((state == SH_RESERVED || state == SH_RELEASING) && SH_SPAN_OWNER(span) == c->owner &&
+        sh_span_fits(c, page, span, used))
+        return n;
+    sh_corrupt(c, SH_FAULT_GIVEN, page);
+    return 0;
+}
+
+/* RESERVED or RELEASING becomes FREE, merged with free neighbours. */
+static bool give(struct sh_ctx *c, uint32_t page, uint64_t released)
+{
+    uint32_t n = run_of_ours(c, page), more, after = page + n;
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    if (n == 0)
+        return false;
+    if (after < used && !sh_span_fits(c, after, sh_span(c, after), used)) {
+        sh_corrupt(c, SH_FAULT_SPAN, after); /* or ours is not as long as it says */
+        return false;
+    }
     sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
            atomic_load_explicit(&c->hdr->inuse_pages, RLX) - n);
-    uint32_t after = page + n;
     if (after < used && is_free(c, after, &more)) {
-        bin_remove(c, after, more);
+        if (!bin_remove(c, after, more))
+            return false;
         released += released_of(c, after);
         set_span(c, after, 0);
         n += more;
     }
     uint32_t before = free_run_before(c, page);
     if (before != SH_NIL) {
-        more = SH_SPAN_NPAGES(sh_span(c, before));
-        bin_remove(c, before, more);
+        more = page - before;
+        if (!bin_remove(c, before, more))
+            return false;
         released += released_of(c, before);
         set_span(c, page, 0);
         page = before;
         n += more;
     }
-    put_free(c, page, n, released);
+    return put_free(c, page, n, released);
 }
 
 uint64_t sh_units_released(const struct sh_ctx *c, uint64_t unit, uint64_t n)
@@ -223,18 +282,22 @@ static uint64_t released_in_front(struct sh_ctx *c, uint32_t page, uint32_t n, u
 }
 
 /* Takes the first n pages of a free run; the rest stays free. */
-static void carve(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t span)
+static bool carve(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t span)
 {
-    uint32_t whole = SH_SPAN_NPAGES(sh_span(c, page));
+    uint32_t whole;
+    if (!is_used(c, page) || !is_free(c, page, &whole) || whole < n)
+        return torn(c, page);
     uint64_t released = released_of(c, page);
     uint64_t front = released_in_front(c, page, n, whole);
-    bin_remove(c, page, whole);
-    if (whole > n)
-        put_free(c, page + n, whole - n, released - front);
+    if (!bin_remove(c, page, whole))
+        return false;
+    if (whole > n && !put_free(c, page + n, whole - n, released - front))
+        return false;
     set_head(c, page, page, 0);
     set_span(c, page, span);
     sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
            atomic_load_explicit(&c->hdr->inuse_pages, RLX) + n);
+    return true;
 }
 
 static uint32_t first_bin_from(struct sh_ctx *c, uint32_t bin)
@@ -249,27 +312,28 @@ static uint32_t first_bin_from(struct sh_ctx *c, uint32_t bin)
     return SH_NBINS;
 }
 
-/* A run of n pages or more in the bin whose runs may be too short; looks at `at_most` of them. */
-static uint32_t search_bin(struct sh_ctx *c, uint32_t n, uint32_t at_most)
+/* A run of n pages or more in the bin whose runs may be too short; looks at `at_most` of them. What
+ * it names, carve looks at. */
+static uint64_t search_bin(struct sh_ctx *c, uint32_t n, uint32_t at_most)
 {
-    uint32_t first = (uint32_t)c->hdr->bins[sh_bin_of(n)], page = first;
+    uint64_t first = c->hdr->bins[sh_bin_of(n)], page = first;
     for (uint32_t i = 0; page != SH_NIL && i < at_most; i++) {
-        if (SH_SPAN_NPAGES(sh_span(c, page)) >= n)
+        if (!is_used(c, page) || SH_SPAN_NPAGES(sh_span(c, (uint32_t)page)) >= n)
             return page;
-        page = SH_HI(link_of(c, page));
+        page = SH_HI(link_of(c, (uint32_t)page));
         if (page == first)
             break;
     }
     return SH_NIL;
 }
 
-static uint32_t find(struct sh_ctx *c, uint32_t n)
+static uint64_t find(struct sh_ctx *c, uint32_t n)
 {
-    uint32_t page = search_bin(c, n, 1); /* most often the run of this length that was freed last */
+    uint64_t page = search_bin(c, n, 1); /* most often the run of this length that was freed last */
     if (page != SH_NIL)
         return page;
     uint32_t bin = first_bin_from(c, bin_that_fits(n));
-    return bin < SH_NBINS ? (uint32_t)c->hdr->bins[bin] : SH_NIL;
+    return bin < SH_NBINS ? c->hdr->bins[bin] : SH_NIL;
 }
 
 /* Raises the high-water mark so that a run of n pages ends there. SH_SLOW: *tables says for how
@@ -292,7 +356,8 @@ static enum sh_status grow(struct sh_ctx *c, uint32_t n, uint64_t *tables)
     sh_set(c, &c->hdr->heap, &c->hdr->inuse_pages,
            atomic_load_explicit(&c->hdr->inuse_pages, RLX) + need);
     set_span(c, (uint32_t)used, SH_SPAN(SH_RESERVED, 0, c->owner, need));
-    give(c, (uint32_t)used, need * sh_units_per_page(c));
+    if (!give(c, (uint32_t)used, need * sh_units_per_page(c)))
+        return SH_CORRUPT;
     sh_commit(&c->hdr->heap); /* whole in itself */
     return SH_OK;
 }
@@ -327,19 +392,20 @@ static enum sh_status commit_tables(struct sh_ctx *c, uint64_t pages, int wait_m
 
 static enum sh_status take_locked(struct sh_ctx *c, uint32_t n, uint32_t *page, uint64_t *tables)
 {
-    uint32_t at = find(c, n);
+    uint64_t at = find(c, n);
     if (at == SH_NIL) {
         enum sh_status s = grow(c, n, tables);
-        if (s == SH_SLOW)
+        if (s != SH_OK && s != SH_FULL)
             return s;
         uint32_t end = (uint32_t)atomic_load_explicit(&c->hdr->used_pages, RLX);
         at = s == SH_OK ? free_run_before(c, end) : search_bin(c, n, SCAN_AT_MOST);
         if (at == SH_NIL)
             return SH_FULL;
     }
-    carve(c, at, n, SH_SPAN(SH_RESERVED, 0, c->owner, n));
-    *page = at;
-    return SH_OK;
+    if (at > SH_MAX_PAGES)
+        return sh_corrupt(c, SH_FAULT_LIST, at);
+    *page = (uint32_t)at;
+    return carve(c, *page, n, SH_SPAN(SH_RESERVED, 0, c->owner, n)) ? SH_OK : SH_CORRUPT;
 }
 
 /* Idle runs that the coordinator stamps or releases come back at once; for a moment a heap that has
@@ -385,8 +451,7 @@ bool sh_pages_take_at(struct sh_ctx *c, uint32_t page, uint64_t span)
     if (sh_span(c, page) != span || SH_SPAN_STATE(span) != SH_FREE)
         return false;
     uint32_t n = SH_SPAN_NPAGES(span);
-    carve(c, page, n, SH_SPAN(SH_RELEASING, 0, c->owner, n));
-    return true;
+    return carve(c, page, n, SH_SPAN(SH_RELEASING, 0, c->owner, n));
 }
 
 void sh_tell_waiters(struct sh_ctx *c)
@@ -404,18 +469,24 @@ enum sh_status sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n
     for (uint32_t from = 0; from < n; from += SH_GIVE_MAX) {
         uint32_t some = n - from < SH_GIVE_MAX ? n - from : SH_GIVE_MAX;
         for (uint32_t i = 0; i < some; i++) {
-            uint64_t units =
-                (uint64_t)SH_SPAN_NPAGES(sh_span(c, pages[from + i])) * sh_units_per_page(c);
-            released[i] = sh_units_released(c, sh_unit_of_page(c, pages[from + i]), units);
+            uint32_t length = run_of_ours(c, pages[from + i]);
+            if (length == 0)
+                return SH_CORRUPT;
+            released[i] = sh_units_released(c, sh_unit_of_page(c, pages[from + i]),
+                                            (uint64_t)length * sh_units_per_page(c));
         }
         enum sh_status s = sh_heap_lock(c, wait_ms);
         if (s != SH_OK)
             return s;
-        for (uint32_t i = 0; i < some; i++) {
-            give(c, pages[from + i], released[i]);
-            sh_commit(&c->hdr->heap);
+        for (uint32_t i = 0; i < some && s == SH_OK; i++) {
+            if (give(c, pages[from + i], released[i]))
+                sh_commit(&c->hdr->heap);
+            else
+                s = SH_CORRUPT;
         }
         sh_heap_unlock(c);
+        if (s != SH_OK)
+            return s;
     }
     sh_tell_waiters(c);
     return SH_OK;
@@ -533,6 +604,20 @@ uint32_t sh_head_of(const struct sh_ctx *c, uint32_t page)
     return page - head < SH_SPAN_NPAGES(sh_span(c, head)) ? head : SH_NIL;
 }
 
+bool sh_span_fits(const struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t used)
+{
+    uint32_t state = SH_SPAN_STATE(span), kind = SH_SPAN_KIND(span), n = SH_SPAN_NPAGES(span);
+    uint64_t end = (uint64_t)page + n;
+    if (state == SH_NONE || state > SH_RETIRED || n == 0 || end > used || used > c->geo.npages)
+        return false;
+    if (state == SH_SMALL)
+        return kind < SH_NCLASSES && n == c->kinds[kind].npages;
+    if (state == SH_PINS || state == SH_LEASES)
+        return kind == (state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES) && n == 1 &&
+               SH_SPAN_OWNER(span) != SH_OWNER_NONE;
+    return true;
+}
+
 static enum sh_status walk_batch(struct sh_ctx *c, struct sh_walk *w)
 {
     enum sh_status s = sh_heap_lock(c, c->patience_ms);
@@ -543,17 +628,16 @@ static enum sh_status walk_batch(struct sh_ctx *c, struct sh_walk *w)
     uint32_t page = w->next < used ? sh_head_of(c, w->next) : SH_NIL;
     while (page < used && w->n < 128) {
         uint64_t span = sh_span(c, page);
-        uint32_t n = SH_SPAN_NPAGES(span);
-        if (n == 0 || SH_SPAN_STATE(span) == SH_NONE || page + (uint64_t)n > used) {
-            s = SH_CORRUPT;
+        if (!sh_span_fits(c, page, span, used)) {
+            s = sh_corrupt(c, SH_FAULT_SPAN, page);
             break;
         }
         w->page[w->n] = page;
         w->span[w->n++] = span;
-        page += n;
+        page += SH_SPAN_NPAGES(span);
     }
     if (page == SH_NIL && w->next < used)
-        s = SH_CORRUPT;
+        s = sh_corrupt(c, SH_FAULT_SPAN, w->next);
     w->next = page;
     sh_heap_unlock(c);
     return s;
@@ -589,41 +673,54 @@ static void clear_lists(struct sh_ctx *c)
 enum sh_status sh_pages_rebuild(struct sh_ctx *c)
 {
     uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX), inuse = 0;
-    if (used > c->geo.npages)
-        return SH_CORRUPT;
     clear_lists(c);
     for (uint32_t page = 0; page < used;) {
         uint64_t span = sh_span(c, page);
         uint32_t n = SH_SPAN_NPAGES(span), state = SH_SPAN_STATE(span);
-        if (state == SH_NONE || n == 0 || page + (uint64_t)n > used)
-            return SH_CORRUPT;
+        bool linked = true;
+        if (!sh_span_fits(c, page, span, used))
+            return sh_corrupt(c, SH_FAULT_SPAN, page);
         sh_commit(
             &c->hdr->heap); /* the list functions log; the mark says that this means nothing */
         if (state == SH_FREE)
-            put_free(
+            linked = put_free(
                 c, page, n,
                 sh_units_released(c, sh_unit_of_page(c, page), (uint64_t)n * sh_units_per_page(c)));
         else
             inuse += n;
-        if (state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE &&
-            SH_SPAN_KIND(span) < SH_NCLASSES)
-            sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, true);
+        if (state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE)
+            linked = sh_link(c, &c->hdr->orphans[SH_SPAN_KIND(span)], page, true);
+        if (!linked)
+            return SH_CORRUPT;
         page += n;
     }
     atomic_store_explicit(&c->hdr->inuse_pages, inuse, RLX);
     return SH_OK;
 }
 
+/* Everything under the lock relies on it: no number above these is a page. */
+static bool door_is_sound(struct sh_ctx *c)
+{
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    uint64_t tables = atomic_load_explicit(&c->hdr->table_pages, RLX);
+    if (used <= tables && tables <= c->geo.npages)
+        return true;
+    sh_corrupt(c, SH_FAULT_USED, used <= c->geo.npages ? tables : used);
+    return false;
+}
+
 enum sh_status sh_heap_lock(struct sh_ctx *c, int wait_ms)
 {
     enum sh_status s = sh_lock(c, &c->hdr->heap, wait_ms);
-    if (s != SH_CHANGED)
+    if (s != SH_OK && s != SH_CHANGED)
         return s;
-    if (sh_pages_rebuild(c) == SH_OK) {
+    bool sound = door_is_sound(c);
+    if (s == SH_OK && sound)
+        return SH_OK;
+    if (sound && sh_pages_rebuild(c) == SH_OK) {
         sh_lock_rebuilt(&c->hdr->heap);
         return SH_OK;
     }
-    sh_poison(c);
     sh_heap_unlock(c);
     return SH_CORRUPT;
 }

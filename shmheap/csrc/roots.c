@@ -27,17 +27,24 @@ static bool is_entry(const struct sh_ctx *c, uint64_t entry)
     return entry < SH_MAX_ROOTS && entry < c->hdr->roots_used;
 }
 
-/* The link that leads to the entry of the name, or the one at the end of its chain. */
-static uint64_t *find_link(struct sh_ctx *c, const char *name, uint32_t len, uint32_t hash)
+/* *link leads to the entry of the name, or is the one at the end of its chain; *entry: what it
+ * holds. A chain ends, and leads to entries only. */
+static enum sh_status find_link(struct sh_ctx *c, const char *name, uint32_t len, uint32_t hash,
+                                uint64_t **link, uint64_t *entry)
 {
-    uint64_t *link = &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS];
-    for (uint32_t i = 0; is_entry(c, *link) && i < SH_MAX_ROOTS; i++) {
-        struct sh_root *r = root_at(c, *link);
+    *link = &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS];
+    for (uint64_t i = 0; i <= SH_MAX_ROOTS; i++) {
+        *entry = **link;
+        if (*entry == SH_NIL)
+            return SH_OK;
+        if (!is_entry(c, *entry))
+            return sh_corrupt(c, SH_FAULT_NAMES, *entry);
+        struct sh_root *r = root_at(c, *entry);
         if (r->hash == hash && r->len == len && memcmp(r->name, name, len) == 0)
-            break;
-        link = &r->next;
+            return SH_OK;
+        *link = &r->next;
     }
-    return link;
+    return sh_corrupt(c, SH_FAULT_NAMES, *entry);
 }
 
 /* Roots lock, then our process lock. */
@@ -45,9 +52,9 @@ static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
 {
     enum sh_status status = sh_lock(c, &c->hdr->roots, wait_ms);
     if (status == SH_CHANGED) { /* names are no cache: nothing to rebuild them from */
-        sh_poison(c);
+        status = sh_corrupt(c, SH_FAULT_LOG, SH_RANK_ROOTS);
         sh_unlock(c, &c->hdr->roots);
-        return SH_CORRUPT;
+        return status;
     }
     if (status != SH_OK)
         return status;
@@ -68,13 +75,18 @@ static enum sh_status add_entry(struct sh_ctx *c, uint64_t *bucket, const char *
                                 uint32_t hash, uint64_t *entry)
 {
     struct sh_lock *l = &c->hdr->roots;
-    bool fresh = !is_entry(c, c->hdr->roots_free);
-    *entry = fresh ? c->hdr->roots_used : c->hdr->roots_free;
-    if (*entry >= SH_MAX_ROOTS)
+    uint64_t used = c->hdr->roots_used, unused = c->hdr->roots_free;
+    bool fresh = unused == SH_NIL;
+    *entry = fresh ? used : unused;
+    if (used > SH_MAX_ROOTS || (!fresh && !is_entry(c, unused)))
+        return sh_corrupt(c, SH_FAULT_NAMES, *entry);
+    if (*entry == SH_MAX_ROOTS)
         return SH_NOROOTS;
     if (fresh && *entry >= c->roots_committed)
         return SH_SLOW;
     struct sh_root *r = root_at(c, *entry);
+    if (!fresh && atomic_load(&r->cell) != 0) /* a name that stands for something */
+        return sh_corrupt(c, SH_FAULT_NAMES, *entry);
     if (fresh)
         sh_set(c, l, &c->hdr->roots_used, *entry + 1);
     else
@@ -120,15 +132,13 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
                                  const struct sh_ref *ref)
 {
     uint32_t hash = hash_of(name, len);
-    uint64_t entry, *link = find_link(c, name, len, hash);
-    if (is_entry(c, *link)) {
-        entry = *link;
-    } else {
-        enum sh_status status =
+    uint64_t entry, *link;
+    enum sh_status status = find_link(c, name, len, hash, &link, &entry);
+    if (status == SH_OK && entry == SH_NIL)
+        status =
             add_entry(c, &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS], name, len, hash, &entry);
-        if (status != SH_OK)
-            return status;
-    }
+    if (status != SH_OK)
+        return status;
     SH_CRASH("root:entered");
     if (!sh_count_up(ref->word, ref->gen, atomic_load_explicit(&c->slot->phase, RLX)))
         return SH_STALE;
@@ -166,11 +176,13 @@ enum sh_status sh_root_clear(struct sh_ctx *c, const char *name, uint32_t len, i
     enum sh_status status = lock_both(c, wait_ms);
     if (status != SH_OK)
         return status;
-    uint64_t *link = find_link(c, name, len, hash_of(name, len)), entry = *link;
-    status = SH_ABSENT;
-    if (is_entry(c, entry)) {
-        if (atomic_load(&root_at(c, entry)->cell) != 0)
-            status = SH_OK;
+    uint64_t *link, entry;
+    status = find_link(c, name, len, hash_of(name, len), &link, &entry);
+    if (status == SH_OK && entry == SH_NIL) {
+        status = SH_ABSENT;
+    } else if (status == SH_OK) {
+        if (atomic_load(&root_at(c, entry)->cell) == 0)
+            status = SH_ABSENT;
         replace_cell(c, root_at(c, entry), 0);
         remove_entry(c, link, entry);
     }
@@ -187,15 +199,24 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
         status = lock_both(c, wait_ms);
     if (status != SH_OK)
         return status;
-    uint64_t entry = *find_link(c, name, len, hash_of(name, len));
-    uint64_t cell = is_entry(c, entry) ? atomic_load(&root_at(c, entry)->cell) : 0;
-    status = SH_ABSENT;
-    if (cell != 0 && sh_locate(c, SH_CELL_WORD(cell), r)) {
+    uint64_t entry, *link;
+    status = find_link(c, name, len, hash_of(name, len), &link, &entry);
+    bool found = status == SH_OK && entry != SH_NIL;
+    uint64_t cell = found ? atomic_load(&root_at(c, entry)->cell) : 0;
+    if (status == SH_OK && cell == 0) {
+        status = SH_ABSENT;
+    } else if (status == SH_OK && !sh_locate(c, SH_CELL_WORD(cell), r)) {
+        status = sh_corrupt(c, SH_FAULT_ROOT, entry);
+    } else if (status == SH_OK) {
         uint64_t w = atomic_load_explicit(r->word, ACQ);
         uint32_t phase = atomic_load_explicit(&c->slot->phase, RLX);
         r->gen = SH_GEN(w);
         r->nbytes = sh_block_bytes(c, r, w);
-        status = sh_count_up(r->word, r->gen, phase) ? sh_pin(c, r) : SH_CORRUPT;
+        if (SH_CELL_LOW(cell) != (r->gen & SH_CELL_LOW_MASK) ||
+            !sh_count_up(r->word, r->gen, phase))
+            status = sh_corrupt(c, SH_FAULT_ROOT, entry);
+        else
+            status = sh_pin(c, r);
         if (status == SH_SLOW) /* another thread took the last pin; the root still counts */
             sh_count_down(r->word, r->gen, phase);
     }

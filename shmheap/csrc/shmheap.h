@@ -40,6 +40,7 @@ enum sh_status {
 };
 
 const char *sh_status_text(enum sh_status);
+const char *sh_fault_text(uint32_t fault); /* enum sh_fault, or whatever stands there */
 
 /* The blocks of one span that its owner knows to be free, or the free cells of a pin or lease span.
  */
@@ -95,6 +96,7 @@ struct sh_ctx {
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */
     uint32_t lease_seq;
+    int mutex_kind;  /* of every mutex of ours, as this libc writes it */
     int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation;
                         spent by the first wait that was in vain, given anew each turn */
     uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */

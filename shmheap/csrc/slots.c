@@ -115,7 +115,7 @@ static bool close_if_last(struct sh_ctx *c)
     bool last = sh_leases(c->slot) == 0;
     if (sh_registry(c, 1000) != SH_OK)
         return false;
-    for (uint32_t i = 1; last && i < atomic_load(&c->hdr->slots_used); i++)
+    for (uint32_t i = 1; last && i < sh_slots_used(c); i++)
         last = i == c->slot_index || atomic_load(&sh_slot(c, i)->state) == SH_SLOT_FREE;
     if (last)
         atomic_store(&c->hdr->closing, 1);

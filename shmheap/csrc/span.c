@@ -90,6 +90,18 @@ static void pspan_drop(struct sh_ctx *c, struct sh_pspan *s)
     free(s);
 }
 
+/* The record is not ours any more: the coordinator has given the span up, or somebody wrote over
+ * it. Nobody gives up pins that are in use, and their holders will look for them here. */
+static void pspan_lose(struct sh_ctx *c, struct sh_pspan *s)
+{
+    if (s->kind == SH_KIND_PINS && s->nfree != s->nblocks) {
+        sh_corrupt(c, SH_FAULT_CELLS, s->page);
+        ring_remove(c, SH_AVAIL, s);
+    } else {
+        pspan_drop(c, s);
+    }
+}
+
 /* After a fork the child owns none of its parent's spans. */
 void sh_pspans_forget(struct sh_ctx *c)
 {
@@ -208,7 +220,7 @@ void sh_pspan_add(struct sh_ctx *c, struct sh_pspan *s, uint64_t span)
 {
     s->span = span;
     if (c->pspan_at[s->page] != NULL)
-        pspan_drop(c, c->pspan_at[s->page]);
+        pspan_lose(c, c->pspan_at[s->page]);
     c->pspan_at[s->page] = s;
     ring_add(c, SH_ALL, s);
     scan(c, s);
@@ -219,7 +231,7 @@ int64_t sh_pspan_pop(struct sh_ctx *c, uint32_t kind, struct sh_pspan **out)
     struct sh_pspan *s;
     while ((s = c->shelves[kind].ring[SH_AVAIL]) != NULL) {
         if (__builtin_expect(!still_ours(c, s), 0)) {
-            pspan_drop(c, s);
+            pspan_lose(c, s);
             continue;
         }
         uint32_t w = s->first;
@@ -243,7 +255,7 @@ bool sh_pspan_any(struct sh_ctx *c, uint32_t kind)
 {
     struct sh_pspan *s;
     while ((s = c->shelves[kind].ring[SH_AVAIL]) != NULL && !still_ours(c, s))
-        pspan_drop(c, s);
+        pspan_lose(c, s);
     return s != NULL;
 }
 
@@ -338,6 +350,11 @@ uint32_t sh_undefer(struct sh_ctx *c, uint32_t *pages, uint32_t at_most)
 {
     uint32_t n = 0;
     for (; n < at_most && c->ndeferred != 0; c->ndeferred--) {
+        if (c->deferred >= c->geo.npages) { /* the link before was written over */
+            sh_corrupt(c, SH_FAULT_GIVEN, c->deferred);
+            c->ndeferred = 0;
+            break;
+        }
         pages[n++] = c->deferred;
         c->deferred = (uint32_t)atomic_load_explicit(&sh_page(c, c->deferred)->link, RLX);
     }
@@ -486,6 +503,24 @@ static enum sh_status fill_some(struct sh_ctx *c, uint32_t kind, int wait_ms)
     return SH_OK;
 }
 
+/* Heap locked. */
+static enum sh_status take_first(struct sh_ctx *c, uint32_t kind, uint32_t *page, uint64_t *span)
+{
+    uint64_t *list = &c->hdr->orphans[kind], first = *list,
+             used = atomic_load_explicit(&c->hdr->used_pages, RLX);
+    if (first >= used)
+        return sh_corrupt(c, SH_FAULT_LIST, first);
+    uint64_t was = sh_span(c, (uint32_t)first);
+    if (SH_SPAN_STATE(was) != SH_SMALL || SH_SPAN_KIND(was) != kind ||
+        SH_SPAN_OWNER(was) != SH_OWNER_NONE || !sh_span_fits(c, (uint32_t)first, was, used) ||
+        !sh_unlink(c, list, (uint32_t)first))
+        return sh_corrupt(c, SH_FAULT_LIST, first);
+    *page = (uint32_t)first;
+    *span = was | c->owner;
+    sh_set(c, &c->hdr->heap, &sh_page(c, *page)->span, *span);
+    return SH_OK;
+}
+
 /* An orphan of the class becomes ours. Heap lock alone. */
 static enum sh_status adopt(struct sh_ctx *c, uint32_t kind, int wait_ms, uint32_t *page,
                             uint64_t *span)
@@ -497,14 +532,10 @@ static enum sh_status adopt(struct sh_ctx *c, uint32_t kind, int wait_ms, uint32
     enum sh_status s = sh_heap_lock(c, wait_ms);
     if (s != SH_OK)
         return s;
-    if (*list != SH_NIL) {
-        *page = (uint32_t)*list;
-        *span = (sh_span(c, *page) & ~SH_OWNER_MASK) | c->owner;
-        sh_unlink(c, list, *page);
-        sh_set(c, &c->hdr->heap, &sh_page(c, *page)->span, *span);
-    }
+    if (*list != SH_NIL)
+        s = take_first(c, kind, page, span);
     sh_heap_unlock(c);
-    return SH_OK;
+    return s;
 }
 
 /* Words of a fresh span go on where the generations of its pages ended. */

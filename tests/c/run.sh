@@ -3,7 +3,7 @@
 #
 #     tests/c/run.sh [plain|asan|tsan] [TEST...]
 #
-# TEST is pages, blocks, threads or death (default: all). SH_TEST_SCALE=X makes the long ones X times as
+# TEST is pages, blocks, threads, death or bytes (default: all). SH_TEST_SCALE=X makes the long ones X times as
 # long, SH_TEST_SEED=N starts them elsewhere. The last line is "N passed, M failed".
 
 set -euo pipefail
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mode="${1:-plain}"
 shift || true
 tests=("$@")
-((${#tests[@]})) || tests=(pages blocks threads death)
+((${#tests[@]})) || tests=(pages blocks threads death bytes)
 
 flags=(-std=gnu11 -D_GNU_SOURCE -DSH_DEBUG -DSH_CRASH_POINTS -g -O1 -Wall -Wextra -Wvla
     -fno-omit-frame-pointer -pthread -Ishmheap/csrc)
@@ -21,7 +21,7 @@ plain) ;;
 asan) flags+=(-fsanitize=address,undefined -fno-sanitize-recover=all) ;;
 tsan) flags+=(-fsanitize=thread -fno-sanitize-recover=all) ;;
 *)
-    echo "usage: tests/c/run.sh [plain|asan|tsan] [pages|blocks|threads|death ...]" >&2
+    echo "usage: tests/c/run.sh [plain|asan|tsan] [pages|blocks|threads|death|bytes ...]" >&2
     exit 2
     ;;
 esac
