@@ -362,17 +362,17 @@ static uint32_t areas(struct area area[AREAS])
 {
     const struct sh_geometry *g = &original.geo;
     uint64_t pages = original.used_pages, n = 0;
-    const struct sh_header *h = NULL;
-    area[n++] = (struct area){"header", 0, sizeof *h};
-    area[n++] = (struct area){"heap fields", (uint64_t)(uintptr_t)&h->used_pages,
-                              (uint64_t)((uintptr_t)&h->roots_used - (uintptr_t)&h->used_pages)};
-    area[n++] = (struct area){"locks", (uint64_t)(uintptr_t)&h->registry,
-                              (uint64_t)((uintptr_t)&h->used_pages - (uintptr_t)&h->registry)};
+    const uint64_t heap = offsetof(struct sh_header, used_pages);
+    const uint64_t locks = offsetof(struct sh_header, registry);
+    area[n++] = (struct area){"header", 0, sizeof(struct sh_header)};
+    area[n++] = (struct area){"heap fields", heap, offsetof(struct sh_header, roots_used) - heap};
+    area[n++] = (struct area){"locks", locks, heap - locks};
     area[n++] = (struct area){"slots", g->slots, 6 * sizeof(struct sh_slot)};
-    area[n++] = (struct area){"roots", g->roots, (original.roots_used + 1) * sizeof(struct sh_root)};
+    area[n++] =
+        (struct area){"roots", g->roots, (original.roots_used + 1) * sizeof(struct sh_root)};
     area[n++] = (struct area){"page records", g->pages, pages * sizeof(struct sh_page)};
-    area[n++] = (struct area){"unit words", g->units,
-                              pages << (g->page_shift - g->unit_shift) << 2};
+    area[n++] =
+        (struct area){"unit words", g->units, pages << (g->page_shift - g->unit_shift) << 2};
     for (uint32_t t = 0; t < SH_NTIERS; t++)
         area[n++] = (struct area){"block words", g->words[t], pages << (g->page_shift - 1 - 2 * t)};
     CHECK(n == AREAS);
@@ -401,10 +401,14 @@ static uint64_t random_64(struct rng *rng)
 /* A page number as one might stand there: most are in use, some are just outside of something. */
 static uint64_t a_page(struct rng *rng)
 {
-    const uint64_t edges[] = {original.used_pages - 1, original.used_pages,
-                              original.used_pages + 1, original.geo.npages - 1,
-                              original.geo.npages,     original.geo.npages + 1,
-                              SH_MAX_PAGES,            SH_NIL};
+    const uint64_t edges[] = {original.used_pages - 1,
+                              original.used_pages,
+                              original.used_pages + 1,
+                              original.geo.npages - 1,
+                              original.geo.npages,
+                              original.geo.npages + 1,
+                              SH_MAX_PAGES,
+                              SH_NIL};
     if (rng_below(rng, 3))
         return rng_below(rng, (uint32_t)original.used_pages);
     return edges[rng_below(rng, sizeof edges / sizeof *edges)];
@@ -496,8 +500,8 @@ static void change_list(struct rng *rng, uint8_t *base)
 
 static void change_some(struct rng *rng, int fd)
 {
-    uint8_t *base = mmap(NULL, original.file_bytes, PROT_READ | PROT_WRITE,
-                         MAP_SHARED | MAP_NORESERVE, fd, 0);
+    uint8_t *base =
+        mmap(NULL, original.file_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
     CHECK(base != MAP_FAILED);
     for (uint32_t n = 1 + (rng_below(rng, 3) == 0) * rng_below(rng, 4); n-- > 0;)
         (rng_below(rng, 12) ? change : change_list)(rng, base);
@@ -573,8 +577,8 @@ static void run_cases(run_case *run, uint64_t from, uint64_t to, uint64_t step)
         from = strtoull(one, NULL, 10);
         to = from + 1;
     }
-    progress = mmap(NULL, sizeof *progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
-                    0);
+    progress =
+        mmap(NULL, sizeof *progress, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(progress != MAP_FAILED);
     progress->at = from;
     alarm(0); /* each case has its own */
@@ -599,12 +603,13 @@ static void run_cases(run_case *run, uint64_t from, uint64_t to, uint64_t step)
         bad++;
         progress->at += step;
     }
-    printf("   %llu cases: %llu refused, %llu corrupt, %llu found by the check, %llu without effect\n",
-           (unsigned long long)((to - from + step - 1) / step),
-           (unsigned long long)progress->counts[V_REFUSED],
-           (unsigned long long)progress->counts[V_CORRUPT],
-           (unsigned long long)progress->counts[V_FOUND],
-           (unsigned long long)progress->counts[V_UNSEEN]);
+    printf(
+        "   %llu cases: %llu refused, %llu corrupt, %llu found by the check, %llu without effect\n",
+        (unsigned long long)((to - from + step - 1) / step),
+        (unsigned long long)progress->counts[V_REFUSED],
+        (unsigned long long)progress->counts[V_CORRUPT],
+        (unsigned long long)progress->counts[V_FOUND],
+        (unsigned long long)progress->counts[V_UNSEEN]);
     CHECK(bad == 0);
 }
 
