@@ -526,22 +526,24 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
     return status;
 }
 
-/* The lease that a handle names, if it is still there. */
-static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *page)
+/* The lease that a handle names, if it is still there, and the slot of its owner. */
+static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *slot)
 {
-    *page = (uint32_t)(cell_off >> c->geo.page_shift);
     if (cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
         !page_in_use(c, cell_off >> c->geo.page_shift))
         return NULL;
-    if (SH_SPAN_STATE(sh_span(c, *page)) != SH_LEASES)
+    uint64_t span = sh_span(c, (uint32_t)(cell_off >> c->geo.page_shift));
+    if (SH_SPAN_STATE(span) != SH_LEASES)
         return NULL;
+    *slot = SH_SPAN_SLOT(span);
     return (struct sh_lease *)(c->base + c->geo.data + cell_off);
 }
 
-/* The owner of a lease's cell learns that it may be used again. */
-void sh_lease_taken(struct sh_ctx *c, uint32_t page)
+/* The owner of a lease's cell learns that it may be used again. The span may be somebody else's by
+ * now: nothing but the lease kept it. */
+static void lease_taken(struct sh_ctx *c, uint32_t slot)
 {
-    struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(sh_span(c, page)));
+    struct sh_slot *s = sh_slot(c, slot);
     atomic_store_explicit(&s->leases_taken, 1, REL);
     sh_add(&s->leases, SH_LEASE_TAKEN);
 }
@@ -550,8 +552,8 @@ void sh_lease_taken(struct sh_ctx *c, uint32_t page)
  * that appeared in between left a count too low (found by the model). */
 static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_off, uint32_t seq)
 {
-    uint32_t page, phase = phase_of(c);
-    struct sh_lease *lease = find_lease(c, cell_off, &page);
+    uint32_t owner, phase = phase_of(c);
+    struct sh_lease *lease = find_lease(c, cell_off, &owner);
     uint64_t cell = SH_LEASE_CELL(sh_word_number(c, r->word), seq);
     if (lease == NULL || atomic_load_explicit(&lease->cell, ACQ) != cell)
         return false;
@@ -561,7 +563,7 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
         return false;
     SH_CRASH("lease:taken");
-    sh_lease_taken(c, page);
+    lease_taken(c, owner);
     return true;
 }
 

@@ -271,7 +271,6 @@ void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
 void sh_block_freed(struct sh_ctx *, const struct sh_ref *); /* locked */
 uint64_t sh_block_bytes(const struct sh_ctx *, const struct sh_ref *, uint64_t word);
 enum sh_status sh_after_free(struct sh_ctx *);
-void sh_lease_taken(struct sh_ctx *, uint32_t page);
 bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
 enum sh_status sh_pin(struct sh_ctx *, struct sh_ref *); /* locked; SH_SLOW: no cell */
 void sh_pin_clear(struct sh_ctx *, uint32_t pin);        /* locked: the cell only */

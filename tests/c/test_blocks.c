@@ -513,6 +513,66 @@ static void test_cells_that_were_given_back(void)
     stage_end(s);
 }
 
+/* Leases that end twice at once: each is counted once, to the one who made it */
+
+struct taking {
+    struct sh_ctx *c;
+    struct handle *handle;
+    struct sh_ref got;
+};
+
+static void open_now(void *arg)
+{
+    struct taking *t = arg;
+    CHECK_OK(handle_open(t->c, t->handle, &t->got));
+}
+
+static void test_lease_taken_while_it_expires(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->b, 1000);
+    struct handle h = handle_lease(&s->b, &r);
+    struct taking t = {.c = &s->a, .handle = &h};
+    struct sh_reaped reaped;
+    uint32_t slot = s->b.slot_index;
+    arena_die(&s->b);
+    CHECK_OK(sh_reap(&s->lead, slot, 0, &reaped));
+    at_moment("reap:seen", open_now, &t);
+    CHECK_OK(sh_reap(&s->lead, slot, UINT64_MAX, &reaped));
+    MOMENT_CAME("reap:seen");
+    CHECK(reaped.done && reaped.leases == 0 && sh_leases(sh_slot(&s->lead, slot)) == 0);
+    block_drop(&s->a, &t.got);
+    stage_end(s);
+}
+
+static void sweep_now(void *lead)
+{
+    uint64_t blocks, bytes;
+    CHECK_OK(sh_sweep(lead, &blocks, &bytes));
+}
+
+static void test_lease_span_given_back_while_its_last_is_taken(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1000), got;
+    struct handle h = handle_lease(&s->a, &r);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = s->lead.recount_leases = false; /* nobody died */
+    s->lead.patience_ms = 1;
+    at_moment("lease:taken", sweep_now, &s->lead);
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    MOMENT_CAME("lease:taken");
+    s->lead.patience_ms = 10000;
+    CHECK(sh_leases(s->a.slot) == 0 && sh_leases(s->lead.slot) == 0);
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    block_drop(&s->a, &r);
+    block_drop(&s->b, &got);
+    stage_end(s);
+}
+
 /* Somebody is stopped with the heap lock, and goes on later. */
 struct stopped {
     pthread_t thread;
@@ -1070,6 +1130,9 @@ int main(void)
         {"orphans", test_orphans},
         {"orphan_taken_by_two", test_orphan_taken_by_two},
         {"cells_that_were_given_back", test_cells_that_were_given_back},
+        {"lease_taken_while_it_expires", test_lease_taken_while_it_expires},
+        {"lease_span_given_back_while_its_last_is_taken",
+         test_lease_span_given_back_while_its_last_is_taken},
         {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
         {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},
