@@ -61,6 +61,7 @@ struct sh_sums sh_sum(const struct sh_ctx *c)
         struct sh_slot *s = sh_slot(c, i);
         sum.mallocs += atomic_load(&s->mallocs);
         sum.frees += atomic_load(&s->frees);
+        SH_CRASH("sum:counted");
         sum.alloc_bytes += atomic_load(&s->alloc_bytes);
         sum.freed_bytes += atomic_load(&s->freed_bytes);
         sum.pins += atomic_load(&s->pins);
@@ -687,10 +688,11 @@ static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t 
  * whatever `before` counts is in the words. */
 static void recount_units(struct sh_ctx *c)
 {
-    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift),
-             before = atomic_load(&c->hdr->committed), n = 0;
+    uint64_t before = atomic_load(&c->hdr->committed), n = 0;
+    SH_CRASH("recount:begins");
     if (!c->recount_units || sh_handshake(c, -1) != SH_OK)
         return;
+    uint64_t used = atomic_load(&c->hdr->used_pages) << (c->geo.page_shift - c->geo.unit_shift);
     for (uint64_t unit = 0; unit < used; unit++) {
         uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));
         if (state == SH_UNIT_RESERVED || state == SH_UNIT_RELEASING)

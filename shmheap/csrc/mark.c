@@ -317,8 +317,8 @@ static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct
 {
     if (sh_handshake(c, -1) != SH_OK)
         return;
-    struct sh_sums now = sh_sum(c);
-    if (now.mallocs != before->mallocs || now.frees != before->frees + s->blocks)
+    struct sh_sums now = sh_sum(c), after = sh_sum(c); /* numbers go up before bytes */
+    if (after.mallocs != before->mallocs || after.frees != before->frees + s->blocks)
         return;
     sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (now.alloc_bytes - now.freed_bytes));
     sh_add(&c->hdr->past_mallocs, s->live_blocks - (now.mallocs - now.frees));

@@ -845,6 +845,65 @@ static void test_recount_while_committing(void)
     stage_end(s);
 }
 
+static void alloc_far_up(void *arg)
+{
+    struct taking *t = arg;
+    t->got = block_new(t->c, 1 << 20);
+}
+
+/* The high-water mark is read after the budget: what was committed above it in between was taken
+ * off the budget, and was given back a second time later. */
+static void test_recount_while_growing(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref kept = block_new(&s->a, 100);
+    struct taking t = {.c = &s->a};
+    uint64_t units;
+    s->lead.recount_units = true;
+    at_moment("recount:begins", alloc_far_up, &t);
+    CHECK_OK(sh_stamp(&s->lead, 1, &units));
+    MOMENT_CAME("recount:begins");
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &t.got);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* In the second sum of a sweep, and there when it is at the first process's numbers. */
+static void alloc_at_the_next_slot(void *arg)
+{
+    at_moment("sum:counted", alloc_far_up, arg);
+}
+
+static void alloc_in_the_next_sum(void *arg)
+{
+    at_moment("sum:counted", alloc_at_the_next_slot, arg);
+}
+
+/* Of a block that is made while the counters are summed, the sum may have the bytes and not the
+ * number: then it is not what the sweep saw. */
+static void test_recount_while_allocating(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref kept = block_new(&s->a, 100);
+    struct taking t = {.c = &s->a};
+    uint64_t n;
+    s->lead.recount_leases = false;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = true;
+    CHECK(s->a.slot_index == 1);
+    at_moment("gc:sweeping", alloc_in_the_next_sum, &t);
+    sweep_now(&s->lead);
+    MOMENT_CAME("sum:counted");
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    counters_must_be(&s->lead, 2, (1 << 20) + 100);
+    block_drop(&s->a, &t.got);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
 static void test_memory_limit(void)
 {
     static const uint32_t sizes[] = {100, 5000, 65536, 300000};
@@ -1141,6 +1200,8 @@ int main(void)
         {"holes", test_holes},
         {"holes_of_every_class", test_holes_of_every_class},
         {"recount_while_committing", test_recount_while_committing},
+        {"recount_while_growing", test_recount_while_growing},
+        {"recount_while_allocating", test_recount_while_allocating},
         {"memory_limit", test_memory_limit},
         {"capacity", test_capacity},
         {"saturated_count", test_saturated_count},
