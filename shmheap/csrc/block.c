@@ -567,11 +567,18 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     return true;
 }
 
+/* The collection that our phase is one of is over, or was given up, and we missed its end: nobody is
+ * condemned, for no other begins before it was in our phase that there is none. */
+static bool missed_the_end(const struct sh_ctx *c)
+{
+    return sh_phase_of(atomic_load_explicit(&c->hdr->phase, ACQ)) == SH_IDLE;
+}
+
 /* Rule 8 without a lease: only a block that is not condemned may be pinned again. */
-static enum sh_status resurrect(const struct sh_ref *r, uint32_t phase)
+static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, uint32_t phase)
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ);
-    uint32_t p = sh_phase_of(phase);
+    uint32_t p = missed_the_end(c) ? SH_IDLE : sh_phase_of(phase);
     if (!is_live(w, r->gen))
         return SH_STALE;
     if (p == SH_FINAL)
@@ -592,7 +599,7 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
     if (!locate_data(c, data_off, r))
         status = SH_STALE;
     else if (!take_lease(c, r, cell_off, seq))
-        status = resurrect(r, phase_of(c));
+        status = resurrect(c, r, phase_of(c));
     if (status == SH_AGAIN && !sh_alive(c, 0))
         c->ring = true; /* it died in FINAL: its successor starts again */
     if (status == SH_OK) {

@@ -160,7 +160,8 @@ static void count_touched(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
         SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) == count->touch;
 }
 
-/* Rule 12. *blocks: those that live because they were touched. */
+/* Rule 12. *blocks: those that live because they were touched. Without success the collection is
+ * given up, lest who opens a handle in FINAL waits for one that was stopped. */
 enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
@@ -169,7 +170,11 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
     if (status == SH_OK)
         status = each_word(c, count_touched, &count);
     *blocks = count.n;
-    return status == SH_OK ? set_phase(c, SH_SWEEP, epoch) : status;
+    if (status == SH_OK)
+        status = set_phase(c, SH_SWEEP, epoch);
+    if (status != SH_OK)
+        set_phase(c, SH_IDLE, epoch);
+    return status;
 }
 
 /* Sweep */

@@ -1132,6 +1132,58 @@ static void test_collection_step_by_step(void)
     stage_end(s);
 }
 
+static void sweep_cycle(struct sh_ctx *lead)
+{
+    uint64_t n, bytes;
+    CHECK_OK(sh_start_cycle(lead));
+    CHECK_OK(sh_mark(lead, &n));
+    CHECK_OK(sh_finish_mark(lead, &n));
+    CHECK_OK(sh_sweep(lead, &n, &bytes));
+}
+
+/* A process that missed the end of a collection, because it was stopped or the coordinator was
+ * killed, is in SWEEP for long. What was made since then is neither marked nor touched. */
+static void test_block_from_after_the_sweep(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r, got;
+    sweep_cycle(&s->lead);
+    atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_end_cycle(&s->lead, 4 << 20, true, 0), SH_BUSY);
+    atomic_store(&s->b.slot->lock, 0);
+    CHECK(sh_phase_of(atomic_load(&s->a.slot->phase)) == SH_IDLE);
+    CHECK(sh_phase_of(atomic_load(&s->b.slot->phase)) == SH_SWEEP);
+    r = block_new(&s->a, 100);
+    struct handle h = handle_of(&s->a, &r);
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    s->lead.patience_ms = 10000;
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
+/* A process that is stopped inside an operation stalls a collection, not who opens a handle. */
+static void test_handle_opened_while_a_collection_is_stalled(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 100), got;
+    struct handle h = handle_of(&s->a, &r);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    atomic_store(&s->a.slot->lock, s->a.owner | 1); /* a is inside an operation */
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_finish_mark(&s->lead, &n), SH_BUSY);
+    CHECK_IS(sh_adopt(&s->b, h.off, h.gen, 0, 0, 1000, &got), SH_OK);
+    atomic_store(&s->a.slot->lock, 0);
+    s->lead.patience_ms = 10000;
+    collect(&s->lead);
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 /* The epoch comes round after 63 collections: a block that lives all the time stays, garbage goes.
  */
 static void test_many_epochs(void)
@@ -1209,6 +1261,9 @@ int main(void)
         {"large_generations_run_out", test_large_generations_run_out},
         {"lost_large_block", test_lost_large_block},
         {"collection_step_by_step", test_collection_step_by_step},
+        {"block_from_after_the_sweep", test_block_from_after_the_sweep},
+        {"handle_opened_while_a_collection_is_stalled",
+         test_handle_opened_while_a_collection_is_stalled},
         {"many_epochs", test_many_epochs},
         {"succession", test_succession},
     };
