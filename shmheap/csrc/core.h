@@ -246,8 +246,8 @@ bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *,
 bool sh_pspan_any(struct sh_ctx *, uint32_t kind); /* locked */
 void sh_pspans_forget(struct sh_ctx *);
 void sh_pspans_prune(struct sh_ctx *, uint32_t kind); /* locked */
-void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
-enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);
+enum sh_status sh_pins_reserve(struct sh_ctx *, int wait_ms);
+void sh_pins_publish(struct sh_ctx *);
 void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic uint64_t *word);
 void sh_span_keep_generations(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_is_empty(struct sh_ctx *, uint32_t page, uint64_t span);

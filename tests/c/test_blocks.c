@@ -573,6 +573,32 @@ static void test_lease_span_given_back_while_its_last_is_taken(void)
     stage_end(s);
 }
 
+/* A child's room for pins, empty until its parent's are copied, is not the collector's to take: they
+ * were written into pages that were others' by then. */
+static void test_pins_of_a_child_are_copied_during_a_sweep(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1000);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = s->lead.recount_leases = false; /* nobody died */
+    s->lead.patience_ms = 1;
+    at_moment("fork:reserved", sweep_now, &s->lead);
+    CHECK_OK(sh_fork_prepare(&s->a));
+    MOMENT_CAME("fork:reserved");
+    uint64_t span = sh_span(&s->a, s->a.child->pin_spans[0]->page);
+    CHECK(SH_SPAN_STATE(span) == SH_PINS && SH_SPAN_OWNER(span) == s->a.child->owner);
+    sh_fork_parent(&s->a);
+    s->lead.patience_ms = 10000;
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    reap_dead(&s->lead, UINT64_MAX);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 /* Somebody is stopped with the heap lock, and goes on later. */
 struct stopped {
     pthread_t thread;
@@ -1241,6 +1267,8 @@ int main(void)
         {"orphans", test_orphans},
         {"orphan_taken_by_two", test_orphan_taken_by_two},
         {"cells_that_were_given_back", test_cells_that_were_given_back},
+        {"pins_of_a_child_are_copied_during_a_sweep",
+         test_pins_of_a_child_are_copied_during_a_sweep},
         {"lease_taken_while_it_expires", test_lease_taken_while_it_expires},
         {"lease_span_given_back_while_its_last_is_taken",
          test_lease_span_given_back_while_its_last_is_taken},
