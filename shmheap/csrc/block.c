@@ -528,22 +528,24 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
     return status;
 }
 
-/* The lease that a handle names, if it is still there. */
-static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *page)
+/* The lease that a handle names, if it is still there, and the slot of its owner. */
+static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *slot)
 {
-    *page = (uint32_t)(cell_off >> c->geo.page_shift);
     if (cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
         !page_in_use(c, cell_off >> c->geo.page_shift))
         return NULL;
-    if (SH_SPAN_STATE(sh_span(c, *page)) != SH_LEASES)
+    uint64_t span = sh_span(c, (uint32_t)(cell_off >> c->geo.page_shift));
+    if (SH_SPAN_STATE(span) != SH_LEASES)
         return NULL;
+    *slot = SH_SPAN_SLOT(span);
     return (struct sh_lease *)(c->base + c->geo.data + cell_off);
 }
 
-/* The owner of a lease's cell learns that it may be used again. */
-void sh_lease_taken(struct sh_ctx *c, uint32_t page)
+/* The owner of a lease's cell learns that it may be used again. The span may be somebody else's by
+ * now: nothing but the lease kept it. */
+static void lease_taken(struct sh_ctx *c, uint32_t slot)
 {
-    struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(sh_span(c, page)));
+    struct sh_slot *s = sh_slot(c, slot);
     atomic_store_explicit(&s->leases_taken, 1, REL);
     sh_add(&s->leases, SH_LEASE_TAKEN);
 }
@@ -552,8 +554,8 @@ void sh_lease_taken(struct sh_ctx *c, uint32_t page)
  * that appeared in between left a count too low (found by the model). */
 static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_off, uint32_t seq)
 {
-    uint32_t page, phase = phase_of(c);
-    struct sh_lease *lease = find_lease(c, cell_off, &page);
+    uint32_t owner, phase = phase_of(c);
+    struct sh_lease *lease = find_lease(c, cell_off, &owner);
     uint64_t cell = SH_LEASE_CELL(sh_word_number(c, r->word), seq);
     if (lease == NULL || atomic_load_explicit(&lease->cell, ACQ) != cell)
         return false;
@@ -563,15 +565,22 @@ static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_o
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
         return false;
     SH_CRASH("lease:taken");
-    sh_lease_taken(c, page);
+    lease_taken(c, owner);
     return true;
 }
 
+/* The collection that our phase is one of is over, or was given up, and we missed its end: nobody
+ * is condemned, for no other begins before it was in our phase that there is none. */
+static bool missed_the_end(const struct sh_ctx *c)
+{
+    return sh_phase_of(atomic_load_explicit(&c->hdr->phase, ACQ)) == SH_IDLE;
+}
+
 /* Rule 8 without a lease: only a block that is not condemned may be pinned again. */
-static enum sh_status resurrect(const struct sh_ref *r, uint32_t phase)
+static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, uint32_t phase)
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ);
-    uint32_t p = sh_phase_of(phase);
+    uint32_t p = missed_the_end(c) ? SH_IDLE : sh_phase_of(phase);
     if (!is_live(w, r->gen))
         return SH_STALE;
     if (p == SH_FINAL)
@@ -592,7 +601,7 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
     if (!locate_data(c, data_off, r))
         status = SH_STALE;
     else if (!take_lease(c, r, cell_off, seq))
-        status = resurrect(r, phase_of(c));
+        status = resurrect(c, r, phase_of(c));
     if (status == SH_AGAIN && !sh_alive(c, 0))
         c->ring = true; /* it died in FINAL: its successor starts again */
     if (status == SH_OK) {

@@ -55,6 +55,7 @@ struct sh_sums sh_sum(const struct sh_ctx *c)
         struct sh_slot *s = sh_slot(c, i);
         sum.mallocs += atomic_load(&s->mallocs);
         sum.frees += atomic_load(&s->frees);
+        SH_CRASH("sum:counted");
         sum.alloc_bytes += atomic_load(&s->alloc_bytes);
         sum.freed_bytes += atomic_load(&s->freed_bytes);
         sum.pins += atomic_load(&s->pins);
@@ -290,7 +291,8 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
 
 /* Reaping (rule 14): clear the pin or lease, then count down */
 
-static uint64_t drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen)
+/* False: it was a lease, and is taken meanwhile. */
+static bool drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen, uint64_t *bytes)
 {
     struct sh_ref r;
     bool found = sh_locate(c, SH_CELL_WORD(seen), &r);
@@ -301,14 +303,16 @@ static uint64_t drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t see
         r.nbytes = sh_block_bytes(c, &r, w);
         sh_touch(r.word, r.gen, phase);
     }
+    SH_CRASH("reap:seen");
     if (!atomic_compare_exchange_strong(cell, &seen, 0))
-        return 0; /* a lease that was taken meanwhile */
+        return false;
     if (!found || sh_count_down(r.word, r.gen, phase) != SH_FREED)
-        return 0;
+        return true;
+    *bytes += r.nbytes;
     sh_block_freed(c, &r);
     if (c->ndeferred >= BATCH)
         sh_give_all(c);
-    return r.nbytes;
+    return true;
 }
 
 static enum sh_status free_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
@@ -322,10 +326,8 @@ static enum sh_status reap_pins(struct sh_ctx *c, uint32_t page, uint64_t span, 
     _Atomic uint64_t *cells = (_Atomic uint64_t *)sh_data(c, page);
     for (uint32_t i = 0; i < c->kinds[SH_KIND_PINS].nblocks; i++) {
         uint64_t cell = atomic_load_explicit(&cells[i], ACQ);
-        if (cell == 0)
-            continue;
-        r->pins++;
-        r->pin_bytes += drop_cell(c, &cells[i], cell);
+        if (cell != 0)
+            r->pins += drop_cell(c, &cells[i], cell, &r->pin_bytes);
     }
     return free_cells(c, page, span);
 }
@@ -343,8 +345,9 @@ static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span
             left = true;
             continue;
         }
+        if (!drop_cell(c, &leases[i].cell, cell, &r->lease_bytes))
+            continue; /* and counted by who took it */
         r->leases++;
-        r->lease_bytes += drop_cell(c, &leases[i].cell, cell);
         sh_add(&sh_slot(c, SH_SPAN_SLOT(span))->leases, SH_LEASE_TAKEN);
     }
     r->done = r->done && !left;
@@ -681,9 +684,12 @@ static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t 
  * whatever `before` counts is in the words. */
 static void recount_units(struct sh_ctx *c)
 {
-    uint64_t pages = atomic_load(&c->hdr->used_pages), before = atomic_load(&c->hdr->committed),
-             n = 0;
-    if (!c->recount_units || pages > c->geo.npages || sh_handshake(c, -1) != SH_OK)
+    uint64_t before = atomic_load(&c->hdr->committed), n = 0;
+    SH_CRASH("recount:begins");
+    if (!c->recount_units || sh_handshake(c, -1) != SH_OK)
+        return;
+    uint64_t pages = atomic_load(&c->hdr->used_pages);
+    if (pages > c->geo.npages)
         return;
     for (uint64_t unit = 0; unit < sh_unit_of_page(c, (uint32_t)pages); unit++) {
         uint32_t state = SH_UNIT_STATE(atomic_load_explicit(sh_unit(c, unit), RLX));

@@ -259,8 +259,8 @@ bool sh_pspan_push(struct sh_ctx *, struct sh_pspan *,
 bool sh_pspan_any(struct sh_ctx *, uint32_t kind); /* locked */
 void sh_pspans_forget(struct sh_ctx *);
 void sh_pspans_prune(struct sh_ctx *, uint32_t kind); /* locked */
-void sh_pspan_rescan(struct sh_ctx *, struct sh_pspan *);
-enum sh_status sh_pins_cut(struct sh_ctx *, int wait_ms);
+enum sh_status sh_pins_reserve(struct sh_ctx *, int wait_ms);
+void sh_pins_publish(struct sh_ctx *);
 void sh_span_freed(struct sh_ctx *, uint32_t page, uint64_t span, const _Atomic uint64_t *word);
 void sh_span_keep_generations(struct sh_ctx *, uint32_t page, uint64_t span);
 bool sh_span_is_empty(struct sh_ctx *, uint32_t page, uint64_t span);
@@ -284,7 +284,6 @@ void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
 void sh_block_freed(struct sh_ctx *, const struct sh_ref *); /* locked */
 uint64_t sh_block_bytes(const struct sh_ctx *, const struct sh_ref *, uint64_t word);
 enum sh_status sh_after_free(struct sh_ctx *);
-void sh_lease_taken(struct sh_ctx *, uint32_t page);
 bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
 enum sh_status sh_pin(struct sh_ctx *, struct sh_ref *); /* locked; SH_SLOW: no cell */
 void sh_pin_clear(struct sh_ctx *, uint32_t pin);        /* locked: the cell only */

@@ -160,7 +160,8 @@ static void count_touched(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
         SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) == count->touch;
 }
 
-/* Rule 12. *blocks: those that live because they were touched. */
+/* Rule 12. *blocks: those that live because they were touched. Without success the collection is
+ * given up, lest who opens a handle in FINAL waits for one that was stopped. */
 enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
@@ -169,7 +170,11 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
     if (status == SH_OK)
         status = each_word(c, count_touched, &count);
     *blocks = count.n;
-    return status == SH_OK ? set_phase(c, SH_SWEEP, epoch) : status;
+    if (status == SH_OK)
+        status = set_phase(c, SH_SWEEP, epoch);
+    if (status != SH_OK)
+        set_phase(c, SH_IDLE, epoch);
+    return status;
 }
 
 /* Sweep */
@@ -317,8 +322,8 @@ static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct
 {
     if (sh_handshake(c, -1) != SH_OK)
         return;
-    struct sh_sums now = sh_sum(c);
-    if (now.mallocs != before->mallocs || now.frees != before->frees + s->blocks)
+    struct sh_sums now = sh_sum(c), after = sh_sum(c); /* numbers go up before bytes */
+    if (after.mallocs != before->mallocs || after.frees != before->frees + s->blocks)
         return;
     sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (now.alloc_bytes - now.freed_bytes));
     sh_add(&c->hdr->past_mallocs, s->live_blocks - (now.mallocs - now.frees));

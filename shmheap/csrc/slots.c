@@ -202,7 +202,7 @@ static enum sh_status enter_with_child_pins(struct sh_ctx *c, struct sh_ctx *chi
             return SH_OK;
         sh_leave(c); /* other threads may take more pins meanwhile */
         while (status == SH_OK && child->npin_spans < wanted)
-            status = sh_pins_cut(child, 60000);
+            status = sh_pins_reserve(child, 60000);
         if (status != SH_OK)
             return status;
     }
@@ -259,8 +259,10 @@ enum sh_status sh_fork_prepare(struct sh_ctx *c)
         sh_want(c, SH_WANT_REAP); /* what was reserved so far */
         return status;
     }
+    SH_CRASH("fork:reserved");
     for (uint32_t i = 0; i < c->npin_spans; i++)
         copy_pins(c, c->child, i);
+    sh_pins_publish(c->child);
     SH_CRASH("fork:prepared");
     return SH_OK;
 }
@@ -291,8 +293,5 @@ void sh_fork_child(struct sh_ctx *c)
     sh_os_not_inherited(c->alive);
     atomic_store(&c->slot->pid, (uint32_t)getpid());
     atomic_store(c->forked, 1);
-    for (uint32_t i = 0; i < c->npin_spans; i++)
-        if (c->pin_spans[i] != NULL)
-            sh_pspan_rescan(c, c->pin_spans[i]);
     sh_want(c, SH_WANT_REAP);
 }

@@ -108,6 +108,8 @@ void sh_pspans_forget(struct sh_ctx *c)
     for (uint32_t k = 0; k < SH_NKINDS; k++)
         while (c->shelves[k].ring[SH_ALL] != NULL)
             pspan_drop(c, c->shelves[k].ring[SH_ALL]);
+    while (c->npin_spans != 0) /* reserved, and not yet published */
+        pspan_drop(c, c->pin_spans[c->npin_spans - 1]);
 }
 
 struct sh_pspan *sh_pspan_new(struct sh_ctx *c, uint32_t page, uint32_t kind)
@@ -210,12 +212,7 @@ static void scan(struct sh_ctx *c, struct sh_pspan *s)
     (hole ? ring_add : ring_remove)(c, SH_HOLEY, s);
 }
 
-void sh_pspan_rescan(struct sh_ctx *c, struct sh_pspan *s)
-{
-    scan(c, s);
-}
-
-/* Takes the span into the shelf of its kind. The record must say `span` already. */
+/* Takes the span into the shelf of its kind. The record says `span`, or will. */
 void sh_pspan_add(struct sh_ctx *c, struct sh_pspan *s, uint64_t span)
 {
     s->span = span;
@@ -627,10 +624,16 @@ static uint32_t state_of_kind(uint32_t kind)
     return kind == SH_KIND_PINS ? SH_PINS : kind == SH_KIND_LEASES ? SH_LEASES : SH_SMALL;
 }
 
-static enum sh_status cut(struct sh_ctx *c, uint32_t kind, int wait_ms)
+static uint64_t record_of(const struct sh_ctx *c, uint32_t kind)
+{
+    return SH_SPAN(state_of_kind(kind), kind, c->owner, c->kinds[kind].npages);
+}
+
+/* A run that is ready to be a span of the kind, RESERVED until it is one. */
+static enum sh_status reserve(struct sh_ctx *c, uint32_t kind, int wait_ms, struct sh_pspan **out)
 {
     const struct sh_kind *k = &c->kinds[kind];
-    struct sh_pspan *s = sh_pspan_new(c, 0, kind);
+    struct sh_pspan *s = *out = sh_pspan_new(c, 0, kind);
     if (s == NULL)
         return SH_NOMEM;
     enum sh_status status = sh_pages_take(c, k->npages, wait_ms, &s->page);
@@ -643,19 +646,43 @@ static enum sh_status cut(struct sh_ctx *c, uint32_t kind, int wait_ms)
         c->ring = true; /* whoever finds the coordinator dead starts a successor (I-9) */
     uint32_t page = s->page;
     status = prepare(c, s);
-    uint64_t reserved = SH_SPAN(SH_RESERVED, 0, c->owner, k->npages);
-    uint64_t span = SH_SPAN(state_of_kind(kind), kind, c->owner, k->npages);
     if (status == SH_OK)
-        return publish(c, s, reserved, span, wait_ms ? wait_ms : 60000);
+        return SH_OK;
     free(s);
     sh_pages_give(c, &page, 1, 60000);
     return status;
 }
 
-/* One more span of pins, wanted or not: for the child of a fork. */
-enum sh_status sh_pins_cut(struct sh_ctx *c, int wait_ms)
+static enum sh_status cut(struct sh_ctx *c, uint32_t kind, int wait_ms)
 {
-    return cut(c, SH_KIND_PINS, wait_ms);
+    struct sh_pspan *s;
+    enum sh_status status = reserve(c, kind, wait_ms, &s);
+    uint64_t reserved = SH_SPAN(SH_RESERVED, 0, c->owner, c->kinds[kind].npages);
+    if (status != SH_OK)
+        return status;
+    return publish(c, s, reserved, record_of(c, kind), wait_ms ? wait_ms : 60000);
+}
+
+/* One more span for the pins of a fork's child: RESERVED until they are copied, lest the collector
+ * finds it empty and gives it back. */
+enum sh_status sh_pins_reserve(struct sh_ctx *c, int wait_ms)
+{
+    struct sh_pspan *s;
+    enum sh_status status = reserve(c, SH_KIND_PINS, wait_ms, &s);
+    if (status == SH_OK)
+        number_pins(c, s);
+    return status;
+}
+
+/* They are. The cells are looked at first: one without pins may be given back as soon as the record
+ * says what it is. */
+void sh_pins_publish(struct sh_ctx *c)
+{
+    uint64_t span = record_of(c, SH_KIND_PINS);
+    for (uint32_t i = 0; i < c->npin_spans; i++) {
+        sh_pspan_add(c, c->pin_spans[i], span);
+        sh_set_span(c, c->pin_spans[i]->page, span);
+    }
 }
 
 static enum sh_status refill_locked(struct sh_ctx *c, uint32_t kind, int wait_ms)

@@ -513,6 +513,92 @@ static void test_cells_that_were_given_back(void)
     stage_end(s);
 }
 
+/* Leases that end twice at once: each is counted once, to the one who made it */
+
+struct taking {
+    struct sh_ctx *c;
+    struct handle *handle;
+    struct sh_ref got;
+};
+
+static void open_now(void *arg)
+{
+    struct taking *t = arg;
+    CHECK_OK(handle_open(t->c, t->handle, &t->got));
+}
+
+static void test_lease_taken_while_it_expires(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->b, 1000);
+    struct handle h = handle_lease(&s->b, &r);
+    struct taking t = {.c = &s->a, .handle = &h};
+    struct sh_reaped reaped;
+    uint32_t slot = s->b.slot_index;
+    arena_die(&s->b);
+    CHECK_OK(sh_reap(&s->lead, slot, 0, &reaped));
+    at_moment("reap:seen", open_now, &t);
+    CHECK_OK(sh_reap(&s->lead, slot, UINT64_MAX, &reaped));
+    MOMENT_CAME("reap:seen");
+    CHECK(reaped.done && reaped.leases == 0 && sh_leases(sh_slot(&s->lead, slot)) == 0);
+    block_drop(&s->a, &t.got);
+    stage_end(s);
+}
+
+static void sweep_now(void *lead)
+{
+    uint64_t blocks, bytes;
+    CHECK_OK(sh_sweep(lead, &blocks, &bytes));
+}
+
+static void test_lease_span_given_back_while_its_last_is_taken(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1000), got;
+    struct handle h = handle_lease(&s->a, &r);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = s->lead.recount_leases = false; /* nobody died */
+    s->lead.patience_ms = 1;
+    at_moment("lease:taken", sweep_now, &s->lead);
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    MOMENT_CAME("lease:taken");
+    s->lead.patience_ms = 10000;
+    CHECK(sh_leases(s->a.slot) == 0 && sh_leases(s->lead.slot) == 0);
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    block_drop(&s->a, &r);
+    block_drop(&s->b, &got);
+    stage_end(s);
+}
+
+/* A child's room for pins, empty until its parent's are copied, is not the collector's to take:
+ * they were written into pages that were others' by then. */
+static void test_pins_of_a_child_are_copied_during_a_sweep(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 1000);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = s->lead.recount_leases = false; /* nobody died */
+    s->lead.patience_ms = 1;
+    at_moment("fork:reserved", sweep_now, &s->lead);
+    CHECK_OK(sh_fork_prepare(&s->a));
+    MOMENT_CAME("fork:reserved");
+    uint64_t span = sh_span(&s->a, s->a.child->pin_spans[0]->page);
+    CHECK(SH_SPAN_STATE(span) == SH_PINS && SH_SPAN_OWNER(span) == s->a.child->owner);
+    sh_fork_parent(&s->a);
+    s->lead.patience_ms = 10000;
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    reap_dead(&s->lead, UINT64_MAX);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 /* Somebody is stopped with the heap lock, and goes on later. */
 struct stopped {
     pthread_t thread;
@@ -785,6 +871,65 @@ static void test_recount_while_committing(void)
     stage_end(s);
 }
 
+static void alloc_far_up(void *arg)
+{
+    struct taking *t = arg;
+    t->got = block_new(t->c, 1 << 20);
+}
+
+/* The high-water mark is read after the budget: what was committed above it in between was taken
+ * off the budget, and was given back a second time later. */
+static void test_recount_while_growing(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref kept = block_new(&s->a, 100);
+    struct taking t = {.c = &s->a};
+    uint64_t units;
+    s->lead.recount_units = true;
+    at_moment("recount:begins", alloc_far_up, &t);
+    CHECK_OK(sh_stamp(&s->lead, 1, &units));
+    MOMENT_CAME("recount:begins");
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &t.got);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* In the second sum of a sweep, and there when it is at the first process's numbers. */
+static void alloc_at_the_next_slot(void *arg)
+{
+    at_moment("sum:counted", alloc_far_up, arg);
+}
+
+static void alloc_in_the_next_sum(void *arg)
+{
+    at_moment("sum:counted", alloc_at_the_next_slot, arg);
+}
+
+/* Of a block that is made while the counters are summed, the sum may have the bytes and not the
+ * number: then it is not what the sweep saw. */
+static void test_recount_while_allocating(void)
+{
+    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct sh_ref kept = block_new(&s->a, 100);
+    struct taking t = {.c = &s->a};
+    uint64_t n;
+    s->lead.recount_leases = false;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.recount_blocks = true;
+    CHECK(s->a.slot_index == 1);
+    at_moment("gc:sweeping", alloc_in_the_next_sum, &t);
+    sweep_now(&s->lead);
+    MOMENT_CAME("sum:counted");
+    CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
+    counters_must_be(&s->lead, 2, (1 << 20) + 100);
+    block_drop(&s->a, &t.got);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
 static void test_memory_limit(void)
 {
     static const uint32_t sizes[] = {100, 5000, 65536, 300000};
@@ -1013,6 +1158,58 @@ static void test_collection_step_by_step(void)
     stage_end(s);
 }
 
+static void sweep_cycle(struct sh_ctx *lead)
+{
+    uint64_t n, bytes;
+    CHECK_OK(sh_start_cycle(lead));
+    CHECK_OK(sh_mark(lead, &n));
+    CHECK_OK(sh_finish_mark(lead, &n));
+    CHECK_OK(sh_sweep(lead, &n, &bytes));
+}
+
+/* A process that missed the end of a collection, because it was stopped or the coordinator was
+ * killed, is in SWEEP for long. What was made since then is neither marked nor touched. */
+static void test_block_from_after_the_sweep(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r, got;
+    sweep_cycle(&s->lead);
+    atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_end_cycle(&s->lead, 4 << 20, true, 0), SH_BUSY);
+    atomic_store(&s->b.slot->lock, 0);
+    CHECK(sh_phase_of(atomic_load(&s->a.slot->phase)) == SH_IDLE);
+    CHECK(sh_phase_of(atomic_load(&s->b.slot->phase)) == SH_SWEEP);
+    r = block_new(&s->a, 100);
+    struct handle h = handle_of(&s->a, &r);
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    s->lead.patience_ms = 10000;
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
+/* A process that is stopped inside an operation stalls a collection, not who opens a handle. */
+static void test_handle_opened_while_a_collection_is_stalled(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 100), got;
+    struct handle h = handle_of(&s->a, &r);
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    atomic_store(&s->a.slot->lock, s->a.owner | 1); /* a is inside an operation */
+    s->lead.patience_ms = 1;
+    CHECK_IS(sh_finish_mark(&s->lead, &n), SH_BUSY);
+    CHECK_IS(sh_adopt(&s->b, h.off, h.gen, 0, 0, 1000, &got), SH_OK);
+    atomic_store(&s->a.slot->lock, 0);
+    s->lead.patience_ms = 10000;
+    collect(&s->lead);
+    block_drop(&s->b, &got);
+    block_drop(&s->a, &r);
+    stage_end(s);
+}
+
 /* The epoch comes round after 63 collections: a block that lives all the time stays, garbage goes.
  */
 static void test_many_epochs(void)
@@ -1070,6 +1267,11 @@ int main(void)
         {"orphans", test_orphans},
         {"orphan_taken_by_two", test_orphan_taken_by_two},
         {"cells_that_were_given_back", test_cells_that_were_given_back},
+        {"pins_of_a_child_are_copied_during_a_sweep",
+         test_pins_of_a_child_are_copied_during_a_sweep},
+        {"lease_taken_while_it_expires", test_lease_taken_while_it_expires},
+        {"lease_span_given_back_while_its_last_is_taken",
+         test_lease_span_given_back_while_its_last_is_taken},
         {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
         {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},
@@ -1078,6 +1280,8 @@ int main(void)
         {"holes", test_holes},
         {"holes_of_every_class", test_holes_of_every_class},
         {"recount_while_committing", test_recount_while_committing},
+        {"recount_while_growing", test_recount_while_growing},
+        {"recount_while_allocating", test_recount_while_allocating},
         {"memory_limit", test_memory_limit},
         {"capacity", test_capacity},
         {"saturated_count", test_saturated_count},
@@ -1085,6 +1289,9 @@ int main(void)
         {"large_generations_run_out", test_large_generations_run_out},
         {"lost_large_block", test_lost_large_block},
         {"collection_step_by_step", test_collection_step_by_step},
+        {"block_from_after_the_sweep", test_block_from_after_the_sweep},
+        {"handle_opened_while_a_collection_is_stalled",
+         test_handle_opened_while_a_collection_is_stalled},
         {"many_epochs", test_many_epochs},
         {"succession", test_succession},
     };
