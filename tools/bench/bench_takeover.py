@@ -110,10 +110,12 @@ def measure_takeover(count: int, rounds: int) -> Result:
     """Kill the coordinator `rounds` times among `count` spans, every other one free."""
     capacity = (count + 4096) * PAGE + (64 << 20)
     config = shmheap.Config(forced_gc_s=3600.0, scavenge_after_s=3600.0, gc_percent=-1)
-    with shmheap.Heap.create(capacity=capacity, config=config) as heap, _worker(heap) as worker:
+    with shmheap.Heap.create(capacity=capacity, config=config) as heap:
         kept = make_spans(heap, count)
-        found = [_one_takeover(heap) for _ in progress(range(rounds), f"takeover, {count:,} spans")]
-        asleep = [_one_asleep(heap) for _ in range(max(3, rounds // 10))]
+        with _worker(heap) as worker:
+            steps = progress(range(rounds), f"takeover, {count:,} spans")
+            found = [_one_takeover(heap) for _ in steps]
+            asleep = [_one_asleep(heap) for _ in range(max(3, rounds // 10))]
         begin_ms = statistics.median(_begin_ms(heap) for _ in range(5))
         kept.clear()
         heap.unlink()
@@ -179,11 +181,12 @@ def _cpu_ms(pid: int) -> float:
 
 
 def _begin_ms(heap: shmheap.Heap) -> float:
-    """What taking over costs without a process's start: Steward and begin, ms."""
-    observer = Observer(heap._fileno())
-    os.close(_kill(heap, observer)[0])
+    """What taking over costs without a process's start: Steward and begin, ms of CPU time."""
     while True:
-        with suppress(BlockingIOError):
+        pidfd, _ = _kill(heap, Observer(heap._fileno()))
+        select.select([pidfd], [], [], PATIENCE_S)
+        os.close(pidfd)
+        with suppress(BlockingIOError):  # a successor that somebody started before, and came late
             steward = Steward(heap._fileno())
             break
     from_ns = time.thread_time_ns()

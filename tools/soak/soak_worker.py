@@ -44,7 +44,7 @@ ASKS = (ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL)
 
 WEIGHTS = {
     Op.CHURN_SMALL: 180,
-    Op.CHURN_LARGE: 40,
+    Op.CHURN_LARGE: 120,
     Op.KEEP_SMALL: 200,
     Op.KEEP_LARGE: 30,
     Op.DROP: 200,
@@ -188,7 +188,7 @@ class Worker:
 
     def _churn_large(self) -> None:
         alloc, n = self._heap.alloc, self._large_size()
-        for _ in repeat(None, 20):
+        for _ in repeat(None, 4):
             alloc(n, zero=False)
 
     def _keep_small(self) -> None:
