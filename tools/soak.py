@@ -32,6 +32,8 @@ from soak_end import Left, finish, keep_arena
 from soak_run import Plan, Soak
 from soak_worker import STALL_NS
 
+from shmheap.verify import verify_quiet
+
 MS = 1_000_000
 SHOWN_EVERY_S = 0.2
 
@@ -48,8 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = Left() if soak.tally.failures else finish(soak)
         if soak.tally.failures or left.total:
             soak.tally.failures = soak.tally.failures or [{"seed": seed, "error": "memory is left"}]
-            kept = keep_arena(soak, Path(args.keep, f"soak-{seed}-{os.getpid()}.arena"))
+            kept = keep_arena(
+                soak, Path(args.keep, f"shmheap.{os.geteuid()}.soak-{seed}-{os.getpid()}")
+            )
+            wrong = len(verify_quiet(soak.arena_fd, soak.observer, 3).mismatches)
             for failure in soak.tally.failures:
+                failure["disagreeing_pages"] = wrong
                 failure["arena"] = str(kept)
     found = _found(soak, left, took_s)
     if args.json:

@@ -1,7 +1,7 @@
 """Who is inside a critical section: a look at an arena's locks, read-only and from outside.
 
-The places are those of csrc/layout.h, written down here once more; each lock's rank, which stands
-beside it in the file, and the header's own length say that they still fit.
+The places are those of csrc/layout.h, written down here once more. That they still fit is looked at:
+each lock's rank stands beside it, and the process that looks must find its own slot.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROCESS = "process"
 SLOT = struct.Struct("<QIII")  # lock, state, incarnation, pid
 SLOT_BYTES = 256
 SLOTS = 1024
-SLOTS_USED_AT = LOCKS_AT + 3 * LOCK_BYTES + 12
+SLOTS_USED_AT = LOCKS_AT + 3 * LOCK_BYTES + 8
 LIVE = 1
 
 TID_MASK = 0x3FFFFFFF
@@ -33,7 +33,7 @@ class Locks:
     """The locks of one arena.
 
     Args:
-        path: of its file.
+        path: of the file of an arena that this process uses.
 
     Raises ValueError if the arena has another layout than this file knows.
     """
@@ -49,6 +49,8 @@ class Locks:
             (rank,) = struct.unpack_from("<I", self._bytes, LOCKS_AT + i * LOCK_BYTES + RANK_AT)
             if rank != i + 1:
                 raise ValueError("soak_look.py does not know this layout of the header")
+        if not any(pid == os.getpid() for *_, pid in self._slots()):
+            raise ValueError("soak_look.py does not find this process's slot")
 
     def held_by(self, pid: int, tids: Collection[int], coordinator: bool) -> list[str]:
         """Name the locks that a stopped process holds; empty: it is outside."""
