@@ -4,16 +4,16 @@ An arena is one POSIX shared-memory object of mode 0600. It is formatted while i
 (O_TMPFILE) and linked when it is whole, so nobody ever opens half of one and a death in between
 leaves nothing behind. Whoever opens one by name checks owner, mode and kind here, and the core
 checks the header.
+
+A coordinator imports this, so it imports neither pathlib nor secrets: 10 ms of a successor's start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import posix_ipc
@@ -79,7 +79,11 @@ def check_name(name: str) -> str:
 
 def random_name() -> str:
     """Return a name that nobody has."""
-    return f"{os.getpid()}-{secrets.token_hex(8)}"
+    return f"{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _random_nonce() -> int:
+    return int.from_bytes(os.urandom(8)) >> 1 | 1
 
 
 def file_path(name: str, directory: str | None = None) -> str:
@@ -125,7 +129,7 @@ def _format(fd: int, capacity: int, config: Config) -> None:
             f"a config has at most {_core.MAX_CONFIG_BYTES} bytes as JSON, this one {len(text)}"
         )
     try:
-        _core.format(fd, capacity, secrets.randbits(63) | 1, limit, text)
+        _core.format(fd, capacity, _random_nonce(), limit, text)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             raise HeapFull("tmpfs", requested_bytes=_core.HEADER_BYTES) from error
@@ -221,7 +225,8 @@ def remove(path: str, file: os.stat_result, nonce: int) -> None:
 
 def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:
     """Find the files of this host that are named like arenas, of every user."""
-    for path in sorted(Path(directory or DIRECTORY).glob(f"{PREFIX}.*")):
-        _, uid, name = path.name.split(".", 2) if path.name.count(".") >= 2 else ("", "", "")
-        if uid.isdigit() and name:
-            yield ArenaFile(name, int(uid), str(path))
+    directory = directory or DIRECTORY
+    for file in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+        prefix, uid, name = file.split(".", 2) if file.count(".") >= 2 else ("", "", "")
+        if prefix == PREFIX and uid.isdigit() and name:
+            yield ArenaFile(name, int(uid), os.path.join(directory, file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from shmheap import _core
 from shmheap._core import Block
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from shmheap._core import HeapBase
 
 __all__ = ["Roots"]
+
+T = TypeVar("T")
+_RAISE: Final = object()
 
 
 class Roots(MutableMapping[str, Block]):
@@ -50,6 +53,22 @@ class Roots(MutableMapping[str, Block]):
 
     def __len__(self) -> int:
         return len(self._heap._root_names())
+
+    @overload
+    def pop(self, name: str) -> Block: ...
+    @overload
+    def pop(self, name: str, default: Block | T) -> Block | T: ...
+    def pop(self, name: str, default: Any = _RAISE) -> Any:
+        """Delete a name and return its block, or the default if there is none or it has just gone.
+
+        Of several that pop one name at once, one gets the block. Raises KeyError without a default.
+        """
+        block = self._heap._root_get(_encoded(name))
+        if block is not None and self._heap._root_clear(_encoded(name)):
+            return block
+        if default is _RAISE:
+            raise KeyError(name)
+        return default
 
     def clear(self) -> None:
         """Delete the names that there are now. Cost: that of deleting each."""

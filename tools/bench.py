@@ -3,6 +3,7 @@
 
     bench.py alloc [--json] [--quick] [--plot FILE.png]
     bench.py memory [--json] [--quick] [--plot FILE.png]
+    bench.py takeover [--json] [--quick] [--plot FILE.png]
 
 What each command measures and how to read it: docs/reference/bench.md. A benchmark is not a test:
 the exit status says whether it ran, not whether the figures are good.
@@ -21,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))  # also under
 import bench_alloc
 import bench_common
 import bench_memory
+import bench_takeover
 
 COMMANDS: dict[str, bench_common.Command] = {
     "alloc": bench_alloc.Alloc(),
     "memory": bench_memory.Memory(),
+    "takeover": bench_takeover.Takeover(),
 }
 """A further command is a line here and a module in tools/bench/."""
 

@@ -26,7 +26,7 @@
 #include "core.h"
 
 #define SLICE_MS          50
-#define SUCCESSION_SLICES 10 /* who waits for a coordinator that died looks for it this often */
+#define SUCCESSION_SLICES 2 /* who waits for a coordinator that died looks for it this often */
 
 /* Boxes */
 

@@ -102,3 +102,26 @@ def test_a_row_says_whether_it_is_reached(
 ) -> None:
     row = common.Row("what", value, must, at_least=at_least)
     assert row.as_json()["reached"] is reached
+
+
+def test_takeover_has_every_part() -> None:
+    found = run_bench("takeover", "--quick", "--json")
+    check_frame(found, "takeover")
+    [takeover] = found["takeovers"]
+    assert takeover["spans"] == 1000
+    for key in ("holds_ms", "answered_ms", "asked_before_it_was_dead_ms"):
+        assert takeover[key].keys() == {"p50", "p99", "max"}
+    assert takeover["worker"]["operations"] > 0
+    begin = found["begin_in_c"]
+    assert "skipped" in begin or [run["spans"] for run in begin["runs"]] == [1000, 10000]
+
+
+def test_quantiles_of_few_values_are_values(common: Any) -> None:
+    quantiles = importlib.import_module("bench_takeover").quantiles
+    assert quantiles([3.0]) == {"p50": 3.0, "p99": 3.0, "max": 3.0}
+    assert quantiles([float(n) for n in range(200, 0, -1)]) == {
+        "p50": 100.5,
+        "p99": 198,
+        "max": 200,
+    }
+    assert quantiles([1.0, 2.0, 9.0])["p99"] == 9.0

@@ -29,8 +29,10 @@ HEAVY = {
     "http",
     "multiprocessing",
     "numpy",
+    "pathlib",
     "psutil",
     "rich",
+    "secrets",
     "ssl",
     "unittest",
 }

@@ -145,6 +145,29 @@ def test_deleting_while_iterating(heap: Heap) -> None:
     assert len(heap.roots) == 0
 
 
+def test_pop_of_a_name_that_another_process_deletes_meanwhile_is_the_default(
+    hand: HeapByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MutableMapping's own pop raised KeyError there, default or not, and clear() with it."""
+    heap = hand.heap
+    get = type(heap)._root_get
+
+    def get_and_lose(self: Heap, name: bytes) -> object:
+        block = get(self, name)
+        self._root_clear(name)  # in the role of the other process
+        return block
+
+    heap.roots["a"] = heap.put(b"abc")
+    monkeypatch.setattr(type(heap), "_root_get", get_and_lose)
+    assert heap.roots.pop("a", None) is None
+    monkeypatch.undo()
+    heap.roots["a"] = block = heap.put(b"abc")
+    assert heap.roots.pop("a") == block
+    with pytest.raises(KeyError, match="a"):
+        heap.roots.pop("a")
+    assert heap.roots.pop("a", default=block) is block
+
+
 def test_a_root_can_be_pickled_on(hand: HeapByHand) -> None:
     hand.heap.roots["a"] = hand.heap.put(b"abc")
     data = pickle.dumps(hand.heap.roots["a"])
