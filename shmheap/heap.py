@@ -23,8 +23,10 @@ import atexit
 import contextlib
 import math
 import os
+import shlex
 import threading
 import time
+import warnings
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -88,6 +90,7 @@ class Heap(HeapBase):
     _path: str
     _config: Config
     _nonce: int
+    _bell: _Bell
 
     @classmethod
     def create(
@@ -106,6 +109,8 @@ class Heap(HeapBase):
             config: How it behaves; stored with it.
 
         Raises:
+            CoordinatorLost: Its coordinator cannot be started: Config.python or Config.log will
+                not do. Nothing is left behind.
             HeapExists: There is a heap of that name.
             HeapFull: The file system has not even room for a heap's tables.
             ValueError: No heap can have that name or capacity.
@@ -140,6 +145,7 @@ class Heap(HeapBase):
         Raises:
             HeapNotFound: There is none of that name, or it is being unlinked.
             UntrustedArena: Its file is not one of this user's heaps, or of another version.
+            CoordinatorLost: It has no coordinator, and none can be started.
         """
         return cls._attach_path(arena.file_path(name, directory), name)
 
@@ -166,10 +172,16 @@ class Heap(HeapBase):
         finally:
             os.close(fd)
         heap._nonce = heap.nonce
+        heap._bell = bell
         heap._keep(heap._config.keep)
         bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)
         bell.ring(heap._coordinator_alive())
+        if bell.problem is not None:
+            heap._keep(True)  # it is as it was before
+            heap.close()
+            raise CoordinatorLost(bell.problem)
+        bell.warns = True
         _open_heaps.add(heap)
         return heap
 
@@ -304,14 +316,25 @@ class Heap(HeapBase):
         return ScavengeReport.from_fields(self._ask(kind, timeout)[:4])
 
     def _ask(self, kind: int, timeout: float | None) -> tuple[int, ...]:
-        fields = self._await(kind, self._request(kind), math.inf if timeout is None else timeout)
+        ticket = self._request(kind)
+        if self._bell.problem is not None:
+            raise CoordinatorLost(self._bell.problem)
+        fields = self._await(kind, ticket, math.inf if timeout is None else timeout)
         if fields is None:
-            log = self._config.log
             raise CoordinatorLost(
                 f"the coordinator of {self.name!r} did not answer within {timeout} s; "
-                + (f"see its log {log}" if log else "set Config.log to see why")
+                + self._why_no_answer()
             )
         return fields
+
+    def _why_no_answer(self) -> str:
+        log = self._config.log
+        hint = f"see its log {log}" if log else "set Config.log to see why"
+        if self._coordinator_alive():
+            return hint
+        from shmheap.coordinator.process import command
+
+        return f"none is running; tried: {shlex.join(command(self._path, self._config))}; {hint}"
 
     def stats(self) -> HeapStats:
         """Return the heap's numbers now. Cost: one system call, no lock."""
@@ -373,6 +396,9 @@ class _Bell:
         self._serving: tuple[int, Config] | None = None
         self._started = -1, 0.0
         """Who was coordinator before the one that we started last, and when that was."""
+        self.problem: str | None = None
+        """Why none could be started when that was last tried. Whoever needs no answer goes on."""
+        self.warns = False
 
     def serve(self, nonce: int, config: Config) -> None:
         """Say whose bell it is: known only once the arena is mapped."""
@@ -389,6 +415,7 @@ class _Bell:
             return
         nonce, config = self._serving
         if alive:
+            self.problem = None
             self._release(arena.bell_name(nonce))
         elif not over:
             self._start(nonce, config)
@@ -407,7 +434,14 @@ class _Bell:
         from shmheap.coordinator.process import ensure_running
 
         self._started = last, now
-        ensure_running(self._name(), config)
+        try:
+            ensure_running(self._name(), config)
+        except CoordinatorLost as error:
+            told, self.problem = self.problem is not None, str(error)
+            if self.warns and not told:
+                warnings.warn(self.problem, RuntimeWarning, stacklevel=3)
+        else:
+            self.problem = None
 
     def _coordinator(self) -> tuple[bool, int]:
         """Whether there is one, and the pid of the last that was, 0 before the first."""
@@ -485,8 +519,18 @@ def unlink(name: str, *, directory: str | None = None) -> None:
     try:
         with Heap.attach(name, directory=directory) as heap:
             heap.unlink()
+    except CoordinatorLost:
+        _remove_name_and_bell(path)
     except UntrustedArena:
         os.unlink(path)  # this user's, and no heap that this version can use
+
+
+def _remove_name_and_bell(path: str) -> None:
+    fd, _ = arena.open_arena(path, read_only=True)
+    try:
+        arena.remove(path, os.fstat(fd), _core.Observer(fd).nonce)
+    finally:
+        os.close(fd)
 
 
 def _unlink_path(path: str, nonce: int) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.trace import Trace
+from shmheap.errors import CoordinatorLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -56,10 +58,19 @@ def ensure_running(heap: str, config: Config) -> None:
         heap: name or path of the arena's file.
         config: the heap's, for the interpreter and the log.
 
-    Returns at once: nobody needs to wait for the coordinator. Raises OSError if it cannot be
-    started. Costs two forks.
+    Returns at once: nobody needs to wait for the coordinator. Costs two forks.
+
+    Raises CoordinatorLost if the interpreter cannot be run, or the log not be opened.
     """
-    _core.spawn_detached(command(heap, config), config.log)
+    line = command(heap, config)
+    try:
+        _core.spawn_detached(line, config.log)
+    except OSError as error:
+        what = "its log" if error.filename == config.log else "its interpreter"
+        raise CoordinatorLost(
+            f"the heap's coordinator cannot be started: {what} {error.filename}: {error.strerror} "
+            f"(tried: {shlex.join(line)})"
+        ) from error
 
 
 def command(heap: str, config: Config) -> list[str]:

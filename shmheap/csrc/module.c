@@ -1848,8 +1848,9 @@ static PyObject *core_spawn_detached(PyObject *self, PyObject *args)
         Py_XDECREF(kept[i]);
     Py_XDECREF(path);
     if (error > 0) {
-        errno = error;
-        PyErr_SetFromErrno(PyExc_OSError);
+        errno = error & ~SH_LOG_FAILED;
+        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError,
+                                             error & SH_LOG_FAILED ? log : PyList_GetItem(list, 0));
     }
     return error ? NULL : Py_NewRef(Py_None);
 }

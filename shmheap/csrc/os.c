@@ -217,18 +217,23 @@ void sh_os_nap(long ns)
 
 /* The grandchild: a session of its own that it does not lead, no terminal, no inherited
  * descriptors. Only async-signal-safe calls: other threads of the parent may hold any lock. */
-static void run_detached(char *const argv[], const char *log_path)
+static void run_detached(char *const argv[], const char *log_path, volatile int *error)
 {
     int null = open("/dev/null", O_RDWR);
-    int log = log_path ? open(log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
-    dup2(null, 0);
-    dup2(null, 1);
-    dup2(log >= 0 ? log : null, 2);
-    syscall(SYS_close_range, 3u, ~0u, 0u);
-    execv(argv[0], argv);
+    int log = log_path ? open(log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : null;
+    if (log >= 0) {
+        dup2(null, 0);
+        dup2(null, 1);
+        dup2(log, 2);
+        syscall(SYS_close_range, 3u, ~0u, 0u);
+        execv(argv[0], argv);
+    }
+    *error = (log < 0 ? SH_LOG_FAILED : 0) | (errno & ~SH_LOG_FAILED);
     _exit(127);
 }
 
+/* Returns when the program has been started, or could not be: 0 or errno, with SH_LOG_FAILED if it
+ * was the log that could not be opened. */
 int sh_os_spawn_detached(char *const argv[], const char *log_path)
 {
     pid_t child = _Fork(); /* runs nobody's fork handlers: it takes nothing along */
@@ -236,16 +241,17 @@ int sh_os_spawn_detached(char *const argv[], const char *log_path)
         return errno;
     if (child == 0) {
         setsid();
-        pid_t grandchild = _Fork();
+        volatile int error = 0;
+        pid_t grandchild = vfork(); /* it has our memory, and we wait until it runs the program */
         if (grandchild == 0)
-            run_detached(argv, log_path);
-        _exit(grandchild < 0 ? 1 : 0);
+            run_detached(argv, log_path, &error);
+        _exit(grandchild < 0 ? EAGAIN : error);
     }
     int status;
     while (waitpid(child, &status, 0) < 0)
         if (errno != EINTR)
             return errno == ECHILD ? 0 : errno; /* SIGCHLD ignored: the kernel reaped it */
-    return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : EAGAIN;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : EAGAIN;
 }
 
 #ifdef SH_CRASH_POINTS

@@ -17,7 +17,7 @@ import pytest
 from processes import PATIENCE_S, Worker
 
 import shmheap
-from shmheap import Config, Heap, HeapNotFound, StaleHandle, _core, arena
+from shmheap import Config, CoordinatorLost, Heap, HeapNotFound, StaleHandle, _core, arena
 from shmheap.coordinator import process
 from shmheap.verify import verify_quiet
 
@@ -78,6 +78,79 @@ def assert_whole(heap: Heap) -> None:
 def coordinators_of(path: str) -> list[psutil.Process]:
     running = psutil.process_iter(["cmdline"])
     return [found for found in running if (found.info["cmdline"] or [])[-1:] == [path]]
+
+
+# It cannot be started
+
+NO_START = [
+    ({"python": "/nope"}, "its interpreter /nope: No such file"),
+    ({"python": "/etc/passwd"}, "its interpreter /etc/passwd: Permission denied"),
+    ({"log": "/nope/log"}, "its log /nope/log: No such file"),
+]
+
+
+def install(python: Path) -> None:
+    """Make a command that is this interpreter."""
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+
+
+@pytest.mark.parametrize(("config", "said"), NO_START)
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_heap_was_made_whose_coordinator_cannot_start(
+    heap_name: str, config: dict[str, str], said: str, keep: bool
+) -> None:
+    for make in (Heap.create, shmheap.open):
+        with pytest.raises(CoordinatorLost, match=re.escape(said)) as caught:
+            make(heap_name, capacity=MIB, config=Config(**config, keep=keep))  # type: ignore[arg-type]
+        assert "-m shmheap run" in str(caught.value)
+        assert not Path(arena.file_path(heap_name)).exists()
+
+
+def test_a_heap_was_attached_to_whose_coordinator_cannot_start(
+    heap_name: str, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    install(python)
+    config = Config(python=str(python), keep=True)
+    with Heap.create(heap_name, capacity=MIB, config=config) as heap:
+        heap.roots["a"] = heap.put(b"abc")
+        pid = coordinator(heap)
+        with leaves(pid):
+            heap.close()
+    python.unlink()
+    with pytest.raises(CoordinatorLost, match=re.escape(str(python))):
+        Heap.attach(heap_name)
+    install(python)
+    with Heap.attach(heap_name) as heap:
+        assert bytes(heap.roots["a"]) == b"abc"
+    python.unlink()
+    shmheap.unlink(heap_name)
+    assert not Path(arena.file_path(heap_name)).exists()
+
+
+def test_whoever_found_it_dead_and_could_start_none_was_told_nothing(
+    heap_name: str, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    install(python)
+    with Heap.create(heap_name, capacity=MIB, config=Config(python=str(python))) as heap:
+        pid = coordinator(heap)
+        python.unlink()
+        kill(pid)
+        with pytest.warns(RuntimeWarning, match=re.escape(str(python))):
+            block = heap.alloc(100_000)
+        with pytest.raises(CoordinatorLost, match=re.escape(str(python))):
+            heap.gc(timeout=None)
+        block.free()
+    assert not Path(arena.file_path(heap_name)).exists()
+
+
+def test_a_coordinator_that_ends_at_once_was_not_named(heap_name: str) -> None:
+    with Heap.create(heap_name, capacity=MIB, config=Config(python="/bin/false")) as heap:
+        with pytest.raises(CoordinatorLost, match="none is running; tried: /bin/false -P -m"):
+            heap.gc(timeout=0.01)
+        heap.unlink()
 
 
 # One, and it can be replaced
