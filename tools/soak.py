@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for failure in soak.tally.failures:
                 failure["disagreeing_pages"] = wrong
                 failure["arena"] = str(kept)
-    found = _found(soak, left, took_s)
+    found = _found(soak, left, took_s, judge_stalls=not args.stalls_are_news)
     if args.json:
         print(json.dumps(found))
     else:
@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, help="of all that is done at random (default: a new one)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--stalls-are-news",
+        action="store_true",
+        help="print stalls, and do not fail because of them: for machines that others use, too",
+    )
     parser.add_argument(
         "--keep",
         default=tempfile.gettempdir(),
@@ -121,8 +126,9 @@ def _live(soak: Soak) -> str:
     )
 
 
-def _found(soak: Soak, left: Left, took_s: float) -> dict[str, Any]:
+def _found(soak: Soak, left: Left, took_s: float, *, judge_stalls: bool) -> dict[str, Any]:
     tally = soak.tally
+    judged = judge_stalls and tally.control_ns <= STALL_NS
     kills, inside = tally.kills.total(), tally.kills_inside.total()
     return {
         "seed": soak.plan.seed,
@@ -144,10 +150,8 @@ def _found(soak: Soak, left: Left, took_s: float) -> dict[str, Any]:
         "checks": tally.checks,
         "failures": tally.failures,
         "left": left.as_json(),
-        "judged": tally.control_ns <= STALL_NS,
-        "ok": not tally.failures
-        and not left.total
-        and (not tally.figures["stalls"] or tally.control_ns > STALL_NS),
+        "judged": judged,
+        "ok": not tally.failures and not left.total and not (judged and tally.figures["stalls"]),
     }
 
 
@@ -170,7 +174,10 @@ def _show(found: dict[str, Any]) -> None:
         ("refused for want of memory", f"{found.get('full', 0):,}"),
         ("longest step", f"{found['longest_ms']} ms ({found['longest_operation']})"),
         ("longest step that touches no heap", f"{found['control_longest_ms']} ms"),
-        ("stalls over 100 ms", f"{found.get('stalls', 0)}{'' if found['judged'] else ' (busy)'}"),
+        (
+            "stalls over 100 ms",
+            f"{found.get('stalls', 0)}{'' if found['judged'] else ' (not judged)'}",
+        ),
         ("check() walked", found["checks"]),
         ("failed checks", len(found["failures"])),
         ("left: blocks, bytes, leases", f"{left['blocks']}, {left['bytes']}, {left['leases']}"),

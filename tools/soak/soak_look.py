@@ -1,7 +1,7 @@
 """Who is inside a critical section: a look at an arena's locks, read-only and from outside.
 
-The places are those of csrc/layout.h, written down here once more. That they still fit is looked at:
-each lock's rank stands beside it, and the process that looks must find its own slot.
+The places are those of csrc/layout.h, written down here once more. That they still fit is looked
+at: each lock's rank stands beside it, and the process that looks must find its own slot.
 """
 
 from __future__ import annotations
