@@ -193,13 +193,12 @@ static void fail_corrupt(const struct box *b)
 {
     PyObject *fault = fault_of(&b->ctx);
     if (fault != NULL)
-        PyErr_Format(
-            state->HeapCorrupt,
-            "the heap %U is corrupt: %S. Nothing that is changed in it can be trusted, so every "
-            "operation of every process is refused from now on; blocks that you hold can still be "
-            "read. `shmheap verify --deep NAME` says all that is wrong: please report it. Then "
-            "remove the heap with `shmheap rm NAME` and make it anew",
-            b->path, fault);
+        PyErr_Format(state->HeapCorrupt,
+                     "the heap %U is corrupt: %S. Every operation of every process is refused "
+                     "from now on; what you hold can still be read. `shmheap verify --deep NAME` "
+                     "says all that is wrong, please report it; `shmheap rm NAME` removes the "
+                     "heap, and a new one can have its name",
+                     b->path, fault);
     Py_XDECREF(fault);
 }
 
