@@ -1,4 +1,4 @@
-"""Bytes that cannot be: typed errors in every process, no signal, no hang; and what everybody is told.
+"""Bytes that cannot be: typed errors in every process, no signal, no hang; what everybody is told.
 
 `tests/c/test_bytes.c` does the same to the core alone, a million times.
 """
