@@ -347,7 +347,11 @@ class Heap(HeapBase):
         """
         found = self._check()
         if found:
-            raise HeapCorrupt("\n".join(found))
+            raise HeapCorrupt(
+                f"the heap {self.name!r} is corrupt, in {len(found)} places:\n"
+                + "\n".join(found)
+                + f"\n`shmheap verify --deep {self.name}` says what that means and what to do"
+            )
 
     # Ending
 
@@ -519,7 +523,7 @@ def unlink(name: str, *, directory: str | None = None) -> None:
     try:
         with Heap.attach(name, directory=directory) as heap:
             heap.unlink()
-    except CoordinatorLost:
+    except (CoordinatorLost, HeapCorrupt):
         _remove_name_and_bell(path)
     except UntrustedArena:
         os.unlink(path)  # this user's, and no heap that this version can use

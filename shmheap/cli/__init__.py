@@ -3,7 +3,7 @@
 General layout, a file per group of commands:
 
     run          be a heap's coordinator
-    look         ls, stat, verify: from outside, as an observer
+    look         ls, stat, verify: from outside, as an observer; with deep, what verify --deep finds
     act          gc, scavenge, rm
     demo         the proof that memory comes back, on real files; with demo_files, demo_work,
                  demo_meter and demo_show
@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         ("scavenge", "act", "give idle memory back to the system now"),
     ):
         _add(commands, command, group, text).add_argument("name", metavar="NAME")
+    commands.choices["verify"].add_argument(
+        "--deep", action="store_true", help="also walk every invariant, and say what is wrong"
+    )
     commands.choices["scavenge"].add_argument(
         "--all", action="store_true", help="whatever is idle, however short a time"
     )

@@ -18,7 +18,7 @@ import posix_ipc
 from shmheap import _core, arena
 from shmheap.cli.look import live_pids, observed
 from shmheap.cli.show import print_json, print_pairs, size
-from shmheap.errors import HeapError, HeapNotFound
+from shmheap.errors import HeapCorrupt, HeapError, HeapNotFound
 from shmheap.heap import Heap
 
 __all__ = ["gc", "rm", "scavenge"]
@@ -92,6 +92,7 @@ def _remove(path: str, options: argparse.Namespace, name: str) -> list[int]:
         with observed(path) as (fd, observer):
             users = live_pids(fd, observer)
             nonce = observer.nonce
+            file = os.fstat(fd)
     except HeapNotFound:
         raise
     except HeapError:
@@ -99,10 +100,13 @@ def _remove(path: str, options: argparse.Namespace, name: str) -> list[int]:
             raise
         os.unlink(path)
         return []
-    if users or not _remove_deserted(path, nonce):
-        with Heap.attach(name, directory=options.directory) as heap:
-            _wait_for_coordinator(heap)
-            heap.unlink()
+    try:
+        if users or not _remove_deserted(path, nonce):
+            with Heap.attach(name, directory=options.directory) as heap:
+                _wait_for_coordinator(heap)
+                heap.unlink()
+    except HeapCorrupt:  # nobody can use it any more, and nobody will remove it
+        arena.remove(path, file, nonce)
     return users
 
 

@@ -1,4 +1,4 @@
-"""`shmheap ls`, `stat`, `verify`: look at heaps from outside.
+"""`shmheap ls`, `stat`, `verify`: look at heaps from outside; `deep` has verify --deep.
 
 All three are observers: they map a heap read-only, take no slot and no lock, wake nobody, and keep
 no heap alive.
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shmheap import _core, arena
+from shmheap.cli.deep import look_deep
 from shmheap.cli.show import print_json, print_pairs, print_table, size
 from shmheap.errors import HeapError
 from shmheap.rss import held_bytes, process_memory
@@ -36,7 +37,7 @@ class HeapRow:
         coordinator_pid: None if no coordinator lives.
         unlinked: Its name is gone, or about to go.
         orphan: No process uses it, and no coordinator is there to remove it.
-        problem: Why it cannot be used; None if it can. Then the numbers are 0.
+        problem: Why it cannot be used; None if it can. Of what is no heap the numbers are 0.
     """
 
     name: str
@@ -108,9 +109,14 @@ def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow:
                 coordinator_pid=coordinator,
                 unlinked=unlinked or bool(header["unlinked"]),
                 orphan=not users and coordinator is None,
+                problem=_corrupt(file.path, header["fault"]),
             )
     except (HeapError, OSError) as error:
         return HeapRow(name=file.name, path=file.path, uid=file.uid, problem=str(error))
+
+
+def _corrupt(path: str, fault: str | None) -> str | None:
+    return fault and f"{path} is corrupt: {fault}"
 
 
 def _cells(row: HeapRow) -> tuple[object, ...]:
@@ -235,14 +241,26 @@ def _number(name: str, value: object) -> str:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Hold the books against the kernel, and name each page that disagrees; 1 if there is any."""
+    """Hold the books against the kernel, and name each page that disagrees; 1 if there is any.
+
+    --deep: also walk every invariant, and say of each that does not hold what that means. 1 also if
+    the heap is corrupt, whatever the books say.
+    """
     with observed(arena.file_path(options.name, options.directory)) as (fd, observer):
+        deep = look_deep(observer) if options.deep else None
         report = verify_quiet(fd, observer)
+        fault = observer.header()["fault"]
     if options.json:
-        print_json({"name": options.name} | report.as_json())
+        found = {} if deep is None else {"deep": deep.as_json()}
+        print_json({"name": options.name, "fault": fault} | found | report.as_json())
     else:
         _print_report(report)
-    return 0 if report.agrees else 1
+        if fault is not None:
+            print(f"corrupt: {fault}")
+        if deep is not None:
+            print(deep)
+    sound = fault is None and (deep is None or deep.sound)
+    return 0 if sound and report.agrees else 1
 
 
 def _print_report(report: VerifyReport) -> None:

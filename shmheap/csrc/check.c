@@ -78,11 +78,6 @@ static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t
 static void check_small(struct checker *k, uint32_t page, uint64_t span)
 {
     uint32_t kind = SH_SPAN_KIND(span);
-    if (kind >= SH_NCLASSES || SH_SPAN_NPAGES(span) != k->c->kinds[kind].npages) {
-        wrong(k, "I-1", "the small span at page %u has class %u and %u pages", page, kind,
-              SH_SPAN_NPAGES(span));
-        return;
-    }
     for (uint32_t p = page; p < page + SH_SPAN_NPAGES(span); p++)
         if (SH_HI(atomic_load_explicit(&sh_page(k->c, p)->head, RLX)) != page)
             wrong(k, "I-1", "page %u does not know the head of its span, page %u", p, page);
@@ -156,9 +151,18 @@ static void check_lists(struct checker *k, uint64_t free_runs, uint64_t orphans)
               (unsigned long long)lost);
 }
 
+static void check_owner(struct checker *k, uint32_t page, uint64_t span)
+{
+    uint32_t slot = SH_SPAN_SLOT(span), used = sh_slots_used(k->c);
+    if (SH_SPAN_OWNER(span) != SH_OWNER_NONE && slot >= used)
+        wrong(k, "I-1", "the span at page %u belongs to process %u, %u were used", page, slot,
+              used);
+}
+
 static void check_run(struct checker *k, uint32_t page, uint64_t span, bool after_free)
 {
     uint32_t n = SH_SPAN_NPAGES(span);
+    check_owner(k, page, span);
     switch (SH_SPAN_STATE(span)) {
     case SH_FREE:
         check_free(k, page, n, after_free);
@@ -183,23 +187,27 @@ static void check_run(struct checker *k, uint32_t page, uint64_t span, bool afte
     }
 }
 
-static void check_heap(struct checker *k)
+/* False: spans do not follow each other, or are not what they can be, so nobody can walk them. */
+static bool check_heap(struct checker *k)
 {
     const struct sh_header *h = k->c->hdr;
+    bool walkable = true;
     uint64_t used = atomic_load(&h->used_pages), inuse = 0, free_runs = 0, orphans = 0;
     bool after_free = false;
-    if (used > k->c->geo.npages || used > atomic_load(&h->table_pages)) {
-        wrong(k, "I-1", "the high-water mark is page %llu", (unsigned long long)used);
-        return;
-    }
     for (uint32_t page = 0; page < used;) {
         uint64_t span = sh_span(k->c, page);
         uint32_t n = SH_SPAN_NPAGES(span), state = SH_SPAN_STATE(span);
         if (n == 0 || state == SH_NONE || page + (uint64_t)n > used) {
             wrong(k, "I-1", "no span starts at page %u, where the one before it ends", page);
-            return;
+            return false;
         }
-        check_run(k, page, span, after_free);
+        if (sh_span_fits(k->c, page, span, used)) {
+            check_run(k, page, span, after_free);
+        } else {
+            wrong(k, "I-1", "the span at page %u has state %u, class %u and %u pages", page, state,
+                  SH_SPAN_KIND(span), n);
+            walkable = false;
+        }
         after_free = state == SH_FREE;
         free_runs += state == SH_FREE;
         orphans += state == SH_SMALL && SH_SPAN_OWNER(span) == SH_OWNER_NONE;
@@ -210,6 +218,56 @@ static void check_heap(struct checker *k)
         wrong(k, "I-1", "%llu pages are in use, the counter says %llu", (unsigned long long)inuse,
               (unsigned long long)atomic_load(&h->inuse_pages));
     check_lists(k, free_runs, orphans);
+    return walkable;
+}
+
+/* Names. Roots locked */
+
+#define UNSEEN SH_ROOT_BUCKETS
+#define UNUSED (SH_ROOT_BUCKETS + 1) /* in the list of free entries */
+
+/* Each entry is in one chain, that of its name's hash, and each chain ends. */
+static void check_chain(struct checker *k, uint64_t entry, uint16_t *chain_of, uint16_t chain)
+{
+    const struct sh_root *roots = (const struct sh_root *)(k->c->base + k->c->geo.roots);
+    uint64_t used = k->c->hdr->roots_used;
+    while (entry != SH_NIL) {
+        if (entry >= used || chain_of[entry] != UNSEEN) {
+            wrong(k, "I-1", "chain %u of the names leads to entry %llu, which %s", chain,
+                  (unsigned long long)entry, entry < used ? "is in a chain" : "was never used");
+            return;
+        }
+        const struct sh_root *r = &roots[entry];
+        chain_of[entry] = chain;
+        if (chain == UNUSED ? atomic_load(&r->cell) != 0
+                            : r->hash % SH_ROOT_BUCKETS != chain || r->len > SH_ROOT_NAME_MAX)
+            wrong(k, "I-1", "entry %llu of the names is in chain %u and does not belong there",
+                  (unsigned long long)entry, chain);
+        entry = r->next;
+    }
+}
+
+static enum sh_status check_names(struct checker *k)
+{
+    const struct sh_header *h = k->c->hdr;
+    uint64_t used = h->roots_used;
+    if (used > SH_MAX_ROOTS) {
+        wrong(k, "I-1", "%llu entries of the names are used", (unsigned long long)used);
+        return SH_OK;
+    }
+    uint16_t *chain_of = malloc((used + 1) * sizeof *chain_of);
+    if (chain_of == NULL)
+        return SH_NOMEM;
+    for (uint64_t i = 0; i < used; i++)
+        chain_of[i] = UNSEEN;
+    for (uint16_t chain = 0; chain < SH_ROOT_BUCKETS; chain++)
+        check_chain(k, h->root_buckets[chain], chain_of, chain);
+    check_chain(k, h->roots_free, chain_of, UNUSED);
+    for (uint64_t i = 0; i < used; i++)
+        if (chain_of[i] == UNSEEN)
+            wrong(k, "I-1", "entry %llu of the names is in no chain", (unsigned long long)i);
+    free(chain_of);
+    return SH_OK;
 }
 
 /* Holders and counts. Others go on meanwhile, but their orders tell: a cell is cleared before its
@@ -381,14 +439,26 @@ static enum sh_status check_holders(struct checker *k)
     return status;
 }
 
-/* Reports every violation. SH_OK: the walk was whole, whatever it found. */
+/* Reports every violation. SH_OK: nothing kept it from looking, whatever it found. Who holds what
+ * is looked at only where the spans can be walked. */
 enum sh_status sh_check(struct sh_ctx *c, sh_report *report, void *arg)
 {
     struct checker k = {.c = c, .report = report, .arg = arg};
+    if (!sh_marks_fit(c)) { /* not even its lock can be had: where do the records end? */
+        wrong(&k, "I-1", "the high-water mark is page %llu, tables there are for %llu",
+              (unsigned long long)atomic_load(&c->hdr->used_pages),
+              (unsigned long long)atomic_load(&c->hdr->table_pages));
+        return SH_OK;
+    }
     enum sh_status status = sh_heap_lock(c, 60000);
     if (status != SH_OK)
         return status;
-    check_heap(&k);
+    bool walkable = check_heap(&k);
     sh_heap_unlock(c);
-    return check_holders(&k);
+    status = sh_names_lock(c, 60000);
+    if (status != SH_OK)
+        return status;
+    status = check_names(&k);
+    sh_unlock(c, &c->hdr->roots);
+    return status == SH_OK && walkable ? check_holders(&k) : status;
 }

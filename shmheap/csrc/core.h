@@ -125,6 +125,7 @@ static inline void sh_bump(_Atomic uint64_t *counter, uint64_t n)
 int sh_os_resize(int fd, uint64_t bytes); /* 0, or -1 and errno */
 void *sh_os_map(int fd, uint64_t bytes, bool writable);
 void sh_os_unmap(void *at, uint64_t bytes);
+int sh_os_copy(int fd, uint64_t off, uint64_t bytes, uint8_t *to); /* 0 or errno */
 void *sh_os_private(uint64_t bytes);
 void *sh_os_wiped_on_fork(void);
 int sh_os_commit(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
@@ -210,6 +211,7 @@ static inline void sh_heap_unlock(struct sh_ctx *c)
 {
     sh_unlock(c, &c->hdr->heap);
 }
+bool sh_marks_fit(const struct sh_ctx *); /* the high-water marks are within the tables */
 /* A record as it can be, of a span that ends below the high-water mark. */
 bool sh_span_fits(const struct sh_ctx *, uint32_t page, uint64_t span, uint64_t used);
 enum sh_status sh_pages_take(struct sh_ctx *, uint32_t npages, int wait_ms, uint32_t *page);
@@ -295,6 +297,9 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
     return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) +
            (pin & ((1u << shift) - 1));
 }
+/* roots.c */
+enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);
+
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
 enum sh_status sh_give(struct sh_ctx *, const uint32_t *pages, uint32_t n);

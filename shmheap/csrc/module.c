@@ -179,6 +179,29 @@ static void fail_forked(const struct box *b)
                         "in the heap: use os.fork or multiprocessing, or attach again by name");
 }
 
+/* What was found first, by whichever process, or None. */
+static PyObject *fault_of(const struct sh_ctx *c)
+{
+    uint64_t poisoned = atomic_load(&c->hdr->poisoned);
+    if (poisoned == 0)
+        return Py_NewRef(Py_None);
+    return PyUnicode_FromFormat("%s %llu", sh_fault_text(SH_FAULT_OF(poisoned)),
+                                (unsigned long long)SH_FAULT_AT(poisoned));
+}
+
+static void fail_corrupt(const struct box *b)
+{
+    PyObject *fault = fault_of(&b->ctx);
+    if (fault != NULL)
+        PyErr_Format(state->HeapCorrupt,
+                     "the heap %U is corrupt: %S. Every operation of every process is refused "
+                     "from now on; what you hold can still be read. `shmheap verify --deep NAME` "
+                     "says all that is wrong, please report it; `shmheap rm NAME` removes the "
+                     "heap, and a new one can have its name",
+                     b->path, fault);
+    Py_XDECREF(fault);
+}
+
 static PyObject *fail(struct box *b, enum sh_status s)
 {
     switch (s) {
@@ -192,8 +215,7 @@ static PyObject *fail(struct box *b, enum sh_status s)
         PyErr_SetString(state->StaleHandle, "the block is gone: its last holder dropped it");
         break;
     case SH_CORRUPT:
-        PyErr_SetString(state->HeapCorrupt,
-                        "an invariant of the heap does not hold; it cannot be used");
+        fail_corrupt(b);
         break;
     case SH_UNTRUSTED:
         PyErr_Format(state->UntrustedArena, "not a usable arena: %s", b->ctx.why);
@@ -1063,6 +1085,15 @@ static void collect_report(void *arg, const char *invariant, const char *what)
     f->n += (size_t)snprintf(f->text + f->n, f->room - f->n, "%s: %s\n", invariant, what);
 }
 
+static PyObject *findings_or_fail(struct box *b, struct findings *f, enum sh_status s)
+{
+    PyObject *text = PyUnicode_FromStringAndSize(f->text, (Py_ssize_t)f->n);
+    PyObject *found = text && s == SH_OK ? PyUnicode_Splitlines(text, 0) : NULL;
+    Py_XDECREF(text);
+    free(f->text);
+    return s == SH_OK ? found : fail(b, s);
+}
+
 static PyObject *check_of(struct box *b)
 {
     struct findings f = {0};
@@ -1070,11 +1101,25 @@ static PyObject *check_of(struct box *b)
     box_enter(b);
     Py_BEGIN_ALLOW_THREADS s = sh_check(&b->ctx, collect_report, &f);
     Py_END_ALLOW_THREADS box_leave(b);
-    PyObject *text = PyUnicode_FromStringAndSize(f.text, (Py_ssize_t)f.n);
-    PyObject *found = text && s == SH_OK ? PyUnicode_Splitlines(text, 0) : NULL;
-    Py_XDECREF(text);
-    free(f.text);
-    return s == SH_OK ? found : fail(b, s);
+    return findings_or_fail(b, &f, s);
+}
+
+/* check() -> as a user's, of a copy: also where every lock is refused */
+static PyObject *observer_check(Heap *self, PyObject *unused)
+{
+    struct findings f = {0};
+    struct sh_ctx *copy = self->box && self->box->attached ? PyMem_Malloc(sizeof *copy) : NULL;
+    enum sh_status s;
+    (void)unused;
+    if (copy == NULL)
+        return self->box && self->box->attached ? PyErr_NoMemory() : fail(self->box, SH_CLOSED);
+    struct box *b = self->box;
+    box_enter(b);
+    Py_BEGIN_ALLOW_THREADS s = sh_inspect(copy, b->ctx.fd, collect_report, &f);
+    Py_END_ALLOW_THREADS b->ctx.why = copy->why;
+    box_leave(b);
+    PyMem_Free(copy);
+    return findings_or_fail(b, &f, s);
 }
 
 static PyObject *heap_check(Heap *self, PyObject *unused)
@@ -1149,6 +1194,8 @@ static PyObject *heap_await(Heap *self, PyObject *args)
         if (ring(b) != 0)
             return NULL;
     }
+    if (s == SH_CORRUPT)
+        return fail(b, s);
     if (s != SH_OK)
         Py_RETURN_NONE;
     PyObject *fields = PyTuple_New(SH_REPORT_FIELDS);
@@ -1258,7 +1305,10 @@ static PyObject *heap_get_closed(Heap *self, void *unused)
 
 static PyObject *config_of(const struct sh_ctx *c)
 {
-    return PyBytes_FromStringAndSize(c->hdr->config, (Py_ssize_t)c->hdr->config_bytes);
+    uint32_t n =
+        c->hdr->config_bytes; /* once: it was checked when we mapped it, and may be bad now */
+    return PyBytes_FromStringAndSize(c->hdr->config,
+                                     (Py_ssize_t)(n < SH_CONFIG_BYTES ? n : SH_CONFIG_BYTES));
 }
 
 static PyMethodDef heap_methods[] = {
@@ -1756,15 +1806,15 @@ static PyObject *observer_header(Heap *self, PyObject *unused)
         return fail(self->box, SH_CLOSED);
     const struct sh_ctx *c = &self->box->ctx;
     const struct sh_header *h = c->hdr;
-    return Py_BuildValue("{sI sK sI sI sK sK sN sI sI sI sN}", "version", h->version, "nonce",
-                         (unsigned long long)h->nonce, "page_bytes", 1u << h->page_shift,
-                         "unit_bytes", 1u << h->unit_shift, "capacity",
-                         (unsigned long long)h->capacity, "created_ns",
-                         (unsigned long long)h->created_ns, "coordinator_alive",
-                         PyBool_FromLong(sh_alive(&self->box->ctx, 0)), "coordinator_pid",
-                         (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "phase",
-                         sh_phase_of(atomic_load(&h->phase)), "unlinked",
-                         (unsigned int)atomic_load(&h->unlinked), "config", config_of(c));
+    return Py_BuildValue(
+        "{sI sK sI sI sK sK sN sI sI sI sN sN}", "version", h->version, "nonce",
+        (unsigned long long)h->nonce, "page_bytes", 1u << c->geo.page_shift, "unit_bytes",
+        1u << c->geo.unit_shift, "capacity", (unsigned long long)c->geo.capacity, "created_ns",
+        (unsigned long long)h->created_ns, "coordinator_alive",
+        PyBool_FromLong(sh_alive(&self->box->ctx, 0)), "coordinator_pid",
+        (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "phase",
+        sh_phase_of(atomic_load(&h->phase)), "unlinked", (unsigned int)atomic_load(&h->unlinked),
+        "fault", fault_of(c), "config", config_of(c));
 }
 
 static PyMethodDef observer_methods[] = {
@@ -1772,6 +1822,7 @@ static PyMethodDef observer_methods[] = {
     {"stats", (PyCFunction)observer_stats, METH_NOARGS, NULL},
     {"processes", (PyCFunction)observer_processes, METH_NOARGS, NULL},
     {"header", (PyCFunction)observer_header, METH_NOARGS, NULL},
+    {"check", (PyCFunction)observer_check, METH_NOARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

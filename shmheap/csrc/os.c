@@ -46,6 +46,23 @@ void sh_os_unmap(void *at, uint64_t bytes)
     munmap(at, bytes);
 }
 
+/* Reads a range of a file into zeroed memory without making a hole of it memory; what is no longer
+ * there reads as zeros. */
+int sh_os_copy(int fd, uint64_t off, uint64_t bytes, uint8_t *to)
+{
+    off_t at = (off_t)off, end = (off_t)(off + bytes);
+    while (at < end && (at = lseek(fd, at, SEEK_DATA)) >= 0 && at < end) {
+        off_t hole = lseek(fd, at, SEEK_HOLE), until = hole < end ? hole : end;
+        while (at < until) {
+            ssize_t n = pread(fd, to + (at - (off_t)off), (size_t)(until - at), at);
+            if (n <= 0 && errno != EINTR)
+                return n == 0 ? 0 : errno;
+            at += n > 0 ? n : 0;
+        }
+    }
+    return at < 0 && errno != ENXIO ? errno : 0;
+}
+
 /* Zeroed memory of this process alone, which costs nothing until it is touched. */
 void *sh_os_private(uint64_t bytes)
 {

@@ -78,7 +78,7 @@ static bool torn(struct sh_ctx *c, uint64_t page)
 
 static bool is_used(const struct sh_ctx *c, uint64_t page)
 {
-    return page < atomic_load_explicit(&c->hdr->used_pages, RLX); /* see door_is_sound */
+    return page < atomic_load_explicit(&c->hdr->used_pages, RLX); /* see sh_marks_fit */
 }
 
 bool sh_link(struct sh_ctx *c, uint64_t *list, uint32_t page, bool at_end)
@@ -698,15 +698,13 @@ enum sh_status sh_pages_rebuild(struct sh_ctx *c)
     return SH_OK;
 }
 
-/* Everything under the lock relies on it: no number above these is a page. */
-static bool door_is_sound(struct sh_ctx *c)
+/* Everything under the lock relies on it: what is not below them is no page. */
+bool sh_marks_fit(const struct sh_ctx *c)
 {
-    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, RLX);
-    uint64_t tables = atomic_load_explicit(&c->hdr->table_pages, RLX);
-    if (used <= tables && tables <= c->geo.npages)
-        return true;
-    sh_corrupt(c, SH_FAULT_USED, used <= c->geo.npages ? tables : used);
-    return false;
+    uint64_t used =
+        atomic_load_explicit(&c->hdr->used_pages, ACQ); /* before the other: it follows */
+    uint64_t tables = atomic_load_explicit(&c->hdr->table_pages, ACQ);
+    return used <= tables && tables <= c->geo.npages;
 }
 
 enum sh_status sh_heap_lock(struct sh_ctx *c, int wait_ms)
@@ -714,10 +712,12 @@ enum sh_status sh_heap_lock(struct sh_ctx *c, int wait_ms)
     enum sh_status s = sh_lock(c, &c->hdr->heap, wait_ms);
     if (s != SH_OK && s != SH_CHANGED)
         return s;
-    bool sound = door_is_sound(c);
-    if (s == SH_OK && sound)
+    bool fit = sh_marks_fit(c);
+    if (s == SH_OK && fit)
         return SH_OK;
-    if (sound && sh_pages_rebuild(c) == SH_OK) {
+    if (!fit)
+        sh_corrupt(c, SH_FAULT_USED, atomic_load_explicit(&c->hdr->used_pages, RLX));
+    else if (sh_pages_rebuild(c) == SH_OK) {
         sh_lock_rebuilt(&c->hdr->heap);
         return SH_OK;
     }

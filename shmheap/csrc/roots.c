@@ -47,15 +47,20 @@ static enum sh_status find_link(struct sh_ctx *c, const char *name, uint32_t len
     return sh_corrupt(c, SH_FAULT_NAMES, *entry);
 }
 
-/* Roots lock, then our process lock. */
-static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
+enum sh_status sh_names_lock(struct sh_ctx *c, int wait_ms)
 {
     enum sh_status status = sh_lock(c, &c->hdr->roots, wait_ms);
     if (status == SH_CHANGED) { /* names are no cache: nothing to rebuild them from */
         status = sh_corrupt(c, SH_FAULT_LOG, SH_RANK_ROOTS);
         sh_unlock(c, &c->hdr->roots);
-        return status;
     }
+    return status;
+}
+
+/* Roots lock, then our process lock. */
+static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
+{
+    enum sh_status status = sh_names_lock(c, wait_ms);
     if (status != SH_OK)
         return status;
     status = sh_enter(c, wait_ms);

@@ -196,6 +196,7 @@ enum sh_status sh_end_cycle(struct sh_ctx *, uint64_t next_gc, bool forced, uint
 /* check.c: walks every invariant. Each violation is reported by name. */
 typedef void sh_report(void *arg, const char *invariant, const char *what);
 enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
+enum sh_status sh_inspect(struct sh_ctx *, int fd, sh_report *, void *arg); /* inspect.c */
 
 /* Asking the coordinator */
 uint32_t sh_request(struct sh_ctx *, enum sh_request);

@@ -160,6 +160,8 @@ enum sh_status sh_await(struct sh_ctx *c, enum sh_request kind, uint32_t ticket,
     uint32_t seen = atomic_load(done);
     if ((int32_t)(seen - ticket) >= 0)
         return SH_OK;
+    if (atomic_load(&c->hdr->poisoned))
+        return SH_CORRUPT; /* nobody will answer */
     sh_os_wait(done, seen, wait_ms);
     return (int32_t)(atomic_load(done) - ticket) >= 0 ? SH_OK : SH_TIMEOUT;
 }

@@ -139,7 +139,7 @@ void sh_pspans_prune(struct sh_ctx *c, uint32_t kind)
     for (; s != NULL; s = next) {
         next = s == last ? NULL : s->next[SH_ALL];
         if (!still_ours(c, s))
-            pspan_drop(c, s);
+            pspan_lose(c, s);
     }
 }
 

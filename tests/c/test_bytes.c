@@ -9,9 +9,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/futex.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -157,6 +160,8 @@ struct heap {
 static enum sh_status note(struct heap *h, enum sh_status status)
 {
     CHECK(status <= SH_SYSTEM);
+    if (status == SH_CORRUPT)
+        CHECK(atomic_load(&h->p.hdr->poisoned) != 0 && "everybody is told what was found");
     h->corrupt |= status == SH_CORRUPT;
     return status;
 }
@@ -325,6 +330,13 @@ static void work(struct heap *h)
         lead_on(h);
 }
 
+static void inspect(struct heap *h)
+{
+    struct sh_ctx copy;
+    enum sh_status status = sh_inspect(&copy, h->fd, count_violation, &h->found);
+    CHECK(status == SH_OK || (status == SH_UNTRUSTED && copy.why != NULL));
+}
+
 static void leave(struct heap *h)
 {
     bool closed;
@@ -350,7 +362,6 @@ static void leave(struct heap *h)
 /* Changes */
 
 struct area {
-    const char *name;
     uint64_t off, bytes;
 };
 
@@ -362,19 +373,18 @@ static uint32_t areas(struct area area[AREAS])
 {
     const struct sh_geometry *g = &original.geo;
     uint64_t pages = original.used_pages, n = 0;
-    const uint64_t heap = offsetof(struct sh_header, used_pages);
-    const uint64_t locks = offsetof(struct sh_header, registry);
-    area[n++] = (struct area){"header", 0, sizeof(struct sh_header)};
-    area[n++] = (struct area){"heap fields", heap, offsetof(struct sh_header, roots_used) - heap};
-    area[n++] = (struct area){"locks", locks, heap - locks};
-    area[n++] = (struct area){"slots", g->slots, 6 * sizeof(struct sh_slot)};
-    area[n++] =
-        (struct area){"roots", g->roots, (original.roots_used + 1) * sizeof(struct sh_root)};
-    area[n++] = (struct area){"page records", g->pages, pages * sizeof(struct sh_page)};
-    area[n++] =
-        (struct area){"unit words", g->units, pages << (g->page_shift - g->unit_shift) << 2};
+    uint64_t locks = offsetof(struct sh_header, registry),
+             heap = offsetof(struct sh_header, used_pages),
+             roots = offsetof(struct sh_header, roots_used);
+    area[n++] = (struct area){0, sizeof(struct sh_header)};
+    area[n++] = (struct area){locks, heap - locks};
+    area[n++] = (struct area){heap, roots - heap};
+    area[n++] = (struct area){g->slots, 6 * sizeof(struct sh_slot)};
+    area[n++] = (struct area){g->roots, (original.roots_used + 1) * sizeof(struct sh_root)};
+    area[n++] = (struct area){g->pages, pages * sizeof(struct sh_page)};
+    area[n++] = (struct area){g->units, pages << (g->page_shift - g->unit_shift) << 2};
     for (uint32_t t = 0; t < SH_NTIERS; t++)
-        area[n++] = (struct area){"block words", g->words[t], pages << (g->page_shift - 1 - 2 * t)};
+        area[n++] = (struct area){g->words[t], pages << (g->page_shift - 1 - 2 * t)};
     CHECK(n == AREAS);
     return (uint32_t)n;
 }
@@ -533,6 +543,25 @@ static void judge(const struct heap *h)
     progress->counts[v]++;
 }
 
+/* A lock that names a thread which we may not look at may be that thread's, and waiting for it
+ * would be right: it is free instead. */
+static void free_what_may_be_held(int fd)
+{
+    const uint64_t locks[] = {offsetof(struct sh_header, registry),
+                              offsetof(struct sh_header, roots), offsetof(struct sh_header, heap)};
+    for (uint32_t i = 0; i < sizeof locks / sizeof *locks; i++) {
+        pthread_mutex_t m;
+        char path[64];
+        CHECK(pread(fd, &m, sizeof m, (off_t)locks[i]) == (ssize_t)sizeof m);
+        snprintf(path, sizeof path, "/proc/%u/maps", (uint32_t)m.__data.__lock & FUTEX_TID_MASK);
+        int maps = open(path, O_RDONLY | O_CLOEXEC), error = errno;
+        if (maps >= 0)
+            close(maps);
+        else if (error != ENOENT && error != ESRCH)
+            CHECK(pwrite(fd, &(int){0}, sizeof(int), (off_t)locks[i]) == sizeof(int));
+    }
+}
+
 typedef void run_case(uint64_t number);
 
 static void random_case(uint64_t number)
@@ -546,6 +575,9 @@ static void random_case(uint64_t number)
         drop_holds(&h, 4);
     }
     change_some(&rng, h.fd);
+    if (rng_below(&rng, 8) == 0)
+        inspect(&h);
+    free_what_may_be_held(h.fd);
     enter(&h);
     work(&h);
     leave(&h);
@@ -561,6 +593,7 @@ static void header_case(uint64_t number)
     uint64_t at = number / HEADER_VALUES;
     struct heap h = {.fd = copy_new()};
     CHECK(pwrite(h.fd, &values[number % HEADER_VALUES], 1, (off_t)at) == 1);
+    free_what_may_be_held(h.fd);
     enter(&h);
     work(&h);
     leave(&h);
@@ -627,6 +660,7 @@ static void test_nothing_changed(void)
     CHECK(h.attached && h.leads);
     work(&h);
     leave(&h);
+    inspect(&h);
     CHECK(!h.corrupt && h.found == 0);
     close(h.fd);
 }
@@ -646,7 +680,419 @@ static void test_random_changes(void)
     run_cases(random_case, 0, share(5000), 1);
 }
 
+/* What went wrong: one change each, in an arena that is in use */
+
+struct damage {
+    const char *name;
+    enum sh_fault fault; /* that everybody is told; NONE: nobody need find it */
+    void (*make)(struct sh_ctx *);
+};
+
+/* The first page from `from` that is in such a state. */
+static uint32_t page_in(const struct sh_ctx *c, uint32_t state, uint32_t from)
+{
+    for (uint32_t page = from; page < original.used_pages; page++)
+        if (SH_SPAN_STATE(sh_span(c, page)) == state)
+            return page;
+    CHECK(!"there is one");
+    return SH_NIL;
+}
+
+static uint32_t page_of(const struct sh_ctx *c, uint32_t state)
+{
+    return page_in(c, state, 0);
+}
+
+static uint32_t last_page_of(const struct sh_ctx *c, uint32_t state)
+{
+    uint32_t last = SH_NIL;
+    for (uint32_t page = 0; page < original.used_pages; page++)
+        last = SH_SPAN_STATE(sh_span(c, page)) == state ? page : last;
+    CHECK(last != SH_NIL);
+    return last;
+}
+
+static void change_span(struct sh_ctx *c, uint32_t page, uint32_t kind, uint32_t npages)
+{
+    uint64_t span = sh_span(c, page);
+    sh_set_span(c, page, SH_SPAN(SH_SPAN_STATE(span), kind, SH_SPAN_OWNER(span), npages));
+}
+
+static void each_free_run(struct sh_ctx *c, uint64_t link, uint32_t npages)
+{
+    for (uint32_t page = 0; page < original.used_pages; page++)
+        if (SH_SPAN_STATE(sh_span(c, page)) == SH_FREE) {
+            if (link != 0)
+                atomic_store(&sh_page(c, page)->link, link);
+            else
+                change_span(c, page, 0, npages);
+        }
+}
+
+static void list_goes_in_a_circle(struct sh_ctx *c)
+{
+    for (uint32_t b = 0; b < SH_NBINS; b++) {
+        uint64_t first = c->hdr->bins[b];
+        if (first != SH_NIL) /* its neighbours come back to themselves, never to it */
+            atomic_store(&sh_page(c, (uint32_t)first)->link, SH_PAIR(first + 1, first + 1));
+    }
+}
+
+static void list_leads_out_of_the_table(struct sh_ctx *c)
+{
+    each_free_run(c, SH_PAIR(SH_MAX_PAGES, SH_MAX_PAGES), 0);
+}
+
+static void free_run_of_no_pages(struct sh_ctx *c)
+{
+    each_free_run(c, 0, 0);
+}
+
+static void free_run_beyond_the_end(struct sh_ctx *c)
+{
+    each_free_run(c, 0, SH_MAX_PAGES);
+}
+
+static void bin_names_a_page_beyond(struct sh_ctx *c)
+{
+    for (uint32_t b = 0; b < SH_NBINS; b++)
+        c->hdr->bins[b] = 1ull << 32; /* its low half is page 0 */
+    memset(c->hdr->bin_bits, 0xff, sizeof c->hdr->bin_bits);
+}
+
+static void orphans_are_somebodys(struct sh_ctx *c)
+{
+    for (uint32_t k = 0; k < SH_NCLASSES; k++)
+        c->hdr->orphans[k] = page_of(c, SH_LARGE);
+}
+
+static void high_water_mark_beyond_capacity(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->used_pages, 1ull << 40);
+}
+
+static void tables_beyond_capacity(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->table_pages, ~0ull);
+}
+
+static void more_slots_than_there_are(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->slots_used, ~0u);
+}
+
+static void span_of_no_class(struct sh_ctx *c)
+{
+    uint32_t page = page_of(c, SH_SMALL);
+    change_span(c, page, 127, SH_SPAN_NPAGES(sh_span(c, page)));
+}
+
+static void pins_longer_than_their_page(struct sh_ctx *c)
+{
+    change_span(c, page_of(c, SH_PINS), SH_KIND_PINS, 1000);
+}
+
+/* Its blocks would lie beyond the end of the mapping. */
+static void span_of_a_larger_class_at_the_end(struct sh_ctx *c)
+{
+    uint32_t page = last_page_of(c, SH_SMALL), n = SH_SPAN_NPAGES(sh_span(c, page));
+    uint32_t kind = SH_NCLASSES - 1;
+    while (c->kinds[kind].npages <= n)
+        kind--;
+    change_span(c, page, kind, n);
+}
+
+static void pins_in_use_are_somebody_elses(struct sh_ctx *c)
+{
+    for (uint32_t i = 0; i < c->npin_spans; i++)
+        sh_set_span(c, c->pin_spans[i]->page, SH_SPAN(SH_PINS, SH_KIND_PINS, SH_OWNER(1, 1), 1));
+}
+
+static void log_longer_than_it_is(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->roots.len, 100000);
+}
+
+static void heap_log_longer_than_it_is(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->heap.len, ~0u);
+}
+
+static void rank_that_there_is_not(struct sh_ctx *c)
+{
+    c->hdr->heap.rank = c->hdr->roots.rank = c->hdr->registry.rank = 77;
+}
+
+/* With priority inheritance, libc aborts on what the kernel says of the word. */
+static void mutex_of_another_kind(struct sh_ctx *c)
+{
+    c->hdr->heap.mutex.__data.__kind |= PTHREAD_PRIO_INHERIT << 5;
+}
+
+static void mutex_held_by_nobody(struct sh_ctx *c)
+{
+    c->hdr->heap.mutex.__data.__lock = 0x3ffffff0;
+}
+
+/* Somebody who has never heard of us. */
+static void mutex_held_by_a_stranger(struct sh_ctx *c)
+{
+    int ready[2];
+    char none;
+    CHECK(pipe2(ready, O_CLOEXEC) == 0);
+    pid_t stranger = fork();
+    CHECK(stranger >= 0);
+    if (stranger == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        execlp("sleep", "sleep", "60", NULL);
+        _exit(127);
+    }
+    close(ready[1]);
+    CHECK(read(ready[0], &none, 1) == 0); /* it has let go of our memory */
+    close(ready[0]);
+    c->hdr->roots.mutex.__data.__lock = stranger;
+}
+
+static void mutex_that_is_ours_already(struct sh_ctx *c)
+{
+    c->hdr->registry.mutex.__data.__lock = (int)gettid();
+}
+
+static void names_go_in_a_circle(struct sh_ctx *c)
+{
+    struct sh_root *r = (struct sh_root *)(c->base + c->geo.roots);
+    for (uint64_t i = 0; i < c->hdr->roots_used; i++) {
+        r[i].next = i;
+        r[i].hash = ~r[i].hash;
+    }
+}
+
+static void free_name_is_in_use(struct sh_ctx *c)
+{
+    const struct sh_root *r = (const struct sh_root *)(c->base + c->geo.roots);
+    uint64_t i = 0;
+    while (atomic_load(&r[i].cell) == 0)
+        i++;
+    c->hdr->roots_free = i;
+    struct sh_ref ref = block_new(c, 16);
+    CHECK_IS(sh_root_set(c, "another", 7, &ref, 1000), SH_CORRUPT);
+}
+
+static void name_of_another_generation(struct sh_ctx *c)
+{
+    struct sh_root *r = (struct sh_root *)(c->base + c->geo.roots);
+    for (uint64_t i = 0; i < c->hdr->roots_used; i++)
+        if (atomic_load(&r[i].cell) != 0)
+            atomic_fetch_add(&r[i].cell, 1);
+}
+
+static void more_names_than_there_are(struct sh_ctx *c)
+{
+    c->hdr->roots_used = 1ull << 60;
+    c->hdr->roots_free = 1ull << 59;
+}
+
+static void lock_word_of_nobody(struct sh_ctx *c)
+{
+    for (uint32_t slot = 1; slot < 4; slot++)
+        atomic_store(&sh_slot(c, slot)->lock, SH_OWNER(1023, 0x7fff) | 1);
+}
+
+static const struct damage damages[] = {
+    {"a list goes in a circle", SH_FAULT_LIST, list_goes_in_a_circle},
+    {"a list leads out of the table", SH_FAULT_LIST, list_leads_out_of_the_table},
+    {"a free run of no pages", SH_FAULT_LIST, free_run_of_no_pages},
+    {"a free run beyond the end", SH_FAULT_LIST, free_run_beyond_the_end},
+    {"a bin names a page beyond", SH_FAULT_LIST, bin_names_a_page_beyond},
+    {"orphans are somebody's", SH_FAULT_LIST, orphans_are_somebodys},
+    {"the high-water mark is beyond the capacity", SH_FAULT_USED, high_water_mark_beyond_capacity},
+    {"tables beyond the capacity", SH_FAULT_USED, tables_beyond_capacity},
+    {"more slots than there are", SH_FAULT_NONE, more_slots_than_there_are},
+    {"a span of no class", SH_FAULT_SPAN, span_of_no_class},
+    {"pins longer than their page", SH_FAULT_SPAN, pins_longer_than_their_page},
+    {"a span of a larger class at the end", SH_FAULT_SPAN, span_of_a_larger_class_at_the_end},
+    {"pins in use are somebody else's", SH_FAULT_CELLS, pins_in_use_are_somebody_elses},
+    {"a log longer than it is", SH_FAULT_LOG, log_longer_than_it_is},
+    {"the heap's log longer than it is", SH_FAULT_NONE, heap_log_longer_than_it_is},
+    {"a rank that there is not", SH_FAULT_NONE, rank_that_there_is_not},
+    {"a mutex of another kind", SH_FAULT_LOCK, mutex_of_another_kind},
+    {"a mutex held by nobody", SH_FAULT_LOCK, mutex_held_by_nobody},
+    {"a mutex held by a stranger", SH_FAULT_LOCK, mutex_held_by_a_stranger},
+    {"a mutex that is ours already", SH_FAULT_LOCK, mutex_that_is_ours_already},
+    {"names go in a circle", SH_FAULT_NAMES, names_go_in_a_circle},
+    {"a free name is in use", SH_FAULT_NAMES, free_name_is_in_use},
+    {"a name of another generation", SH_FAULT_ROOT, name_of_another_generation},
+    {"more names than there are", SH_FAULT_NAMES, more_names_than_there_are},
+    {"a lock word of nobody", SH_FAULT_NONE, lock_word_of_nobody},
+};
+
+static void damage_case(uint64_t number)
+{
+    const struct damage *d = &damages[number];
+    struct heap h = {.fd = copy_new()};
+    enter(&h);
+    use_blocks(&h);
+    d->make(&h.p);
+    inspect(&h);
+    h.found = 0;
+    work(&h);
+    uint64_t poisoned = atomic_load(&h.p.hdr->poisoned);
+    if (SH_FAULT_OF(poisoned) != d->fault)
+        fprintf(stderr, "%s: %s %llu\n", d->name, sh_fault_text(SH_FAULT_OF(poisoned)),
+                (unsigned long long)SH_FAULT_AT(poisoned));
+    CHECK(SH_FAULT_OF(poisoned) == d->fault);
+    leave(&h);
+    judge(&h);
+    close(h.fd);
+}
+
+static void test_each_damage(void)
+{
+    make_original();
+    run_cases(damage_case, 0, sizeof damages / sizeof damages[0], 1);
+}
+
+/* A large block whose record says more pages than it has would take its neighbours along. */
+static void test_a_block_that_grew(void)
+{
+    make_original();
+    struct heap h = {.fd = copy_new()};
+    struct sh_ref a, b;
+    enter(&h);
+    CHECK_OK(sh_alloc(&h.p, 100000, false, 1000, &a));
+    CHECK_OK(sh_alloc(&h.p, 100000, false, 1000, &b));
+    uint32_t n = SH_SPAN_NPAGES(sh_span(&h.p, a.page));
+    CHECK(SH_SPAN_STATE(sh_span(&h.p, a.page + n)) != SH_NONE);
+    change_span(&h.p, a.page, SH_KIND_LARGE, n + 1);
+    note(&h, sh_unpin(&h.p, &a, 1000));
+    CHECK(atomic_load(&h.p.hdr->poisoned) != 0);
+    CHECK(SH_SPAN_STATE(sh_span(&h.p, a.page)) != SH_FREE);
+    CHECK_IS(sh_alloc(&h.p, 16, false, 1000, &a), SH_CORRUPT);
+    leave(&h);
+    close(h.fd);
+}
+
+/* The chain of runs that wait to be given back runs through shared memory. */
+static void test_a_run_that_waits_leads_elsewhere(void)
+{
+    make_original();
+    for (uint32_t i = 0; i < 3; i++) {
+        const uint32_t to[] = {SH_MAX_PAGES, 0, SH_NIL};
+        struct heap h = {.fd = copy_new()};
+        uint32_t a, b;
+        enter(&h);
+        CHECK_OK(sh_pages_take(&h.p, 3, 1000, &a));
+        CHECK_OK(sh_pages_take(&h.p, 3, 1000, &b));
+        CHECK_OK(sh_enter(&h.p, 1000));
+        sh_defer(&h.p, a);
+        sh_defer(&h.p, b);
+        sh_leave(&h.p);
+        atomic_store(&sh_page(&h.p, b)->link, to[i]);
+        note(&h, sh_flush(&h.p, 1000));
+        CHECK(SH_FAULT_OF(atomic_load(&h.p.hdr->poisoned)) == SH_FAULT_GIVEN);
+        leave(&h);
+        close(h.fd);
+    }
+}
+
+/* Files that are no arena, or no longer */
+
+struct header_fault {
+    uint64_t off, bytes, value;
+};
+
+static void must_be_refused(int fd)
+{
+    struct sh_ctx c;
+    CHECK_IS(sh_map(&c, fd, true), SH_UNTRUSTED);
+    CHECK(c.why != NULL && c.base == NULL);
+    CHECK_IS(sh_map(&c, fd, false), SH_UNTRUSTED);
+    CHECK_IS(sh_inspect(&c, fd, count_violation, NULL), SH_UNTRUSTED);
+    close(fd);
+}
+
+static void test_headers_of_others(void)
+{
+#define FIELD(field) offsetof(struct sh_header, field), sizeof((struct sh_header *)0)->field
+    static const struct header_fault faults[] = {
+        {FIELD(magic), 0},
+        {FIELD(version), SH_VERSION + 1},
+        {FIELD(version), SH_VERSION - 1},
+        {FIELD(header_bytes), sizeof(struct sh_header) + 8},
+        {FIELD(capacity), 0},
+        {FIELD(capacity), CAPACITY + 1},
+        {FIELD(capacity), 2 * CAPACITY},
+        {FIELD(capacity), 1ull << 41},
+        {FIELD(capacity), ~0ull},
+        {FIELD(capacity), ~0ull << 13},
+        {FIELD(file_bytes), 4096},
+        {FIELD(pid_namespace), 1},
+        {FIELD(page_shift), 12},
+        {FIELD(page_shift), 64},
+        {FIELD(page_shift), ~0u},
+        {FIELD(unit_shift), 0},
+        {FIELD(unit_shift), 13},
+        {FIELD(unit_shift), 21},
+        {FIELD(unit_shift), 64 + 12}, /* a shift by so much is a shift by 12 */
+        {FIELD(unit_shift), ~0u},
+        {FIELD(config_bytes), SH_CONFIG_BYTES + 1},
+        {FIELD(config_bytes), ~0u},
+    };
+    make_original();
+    for (uint32_t i = 0; i < sizeof faults / sizeof *faults; i++) {
+        int fd = copy_new();
+        CHECK(pwrite(fd, &faults[i].value, faults[i].bytes, (off_t)faults[i].off) ==
+              (ssize_t)faults[i].bytes);
+        must_be_refused(fd);
+    }
+}
+
+static void test_files_of_other_lengths(void)
+{
+    make_original();
+    const struct sh_geometry *g = &original.geo;
+    const uint64_t ends[] = {0,           1,           7,        8,           4095,
+                             4096,        g->slots,    g->roots, g->pages,    g->units,
+                             g->words[4], g->words[0], g->data,  g->data + 1, g->end - 4096,
+                             g->end - 1};
+    for (uint32_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        int fd = copy_new();
+        CHECK(ftruncate(fd, (off_t)ends[i]) == 0);
+        must_be_refused(fd);
+    }
+    int longer = copy_new(), empty = open("/dev/shm", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    CHECK(ftruncate(longer, (off_t)g->end + 1) == 0);
+    must_be_refused(longer);
+    CHECK(ftruncate(empty, (off_t)g->end) == 0); /* as long as an arena, and nothing in it */
+    must_be_refused(empty);
+    must_be_refused(open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
+    must_be_refused(open("/dev/null", O_RDWR | O_CLOEXEC));
+}
+
+/* A header alone: whoever made it died before anything else, or the rest was punched out. */
+static void test_half_made(void)
+{
+    make_original();
+    for (uint32_t keep = 1; keep < 3; keep++) {
+        struct heap h = {.fd = copy_new()};
+        uint64_t from = keep == 1 ? original.geo.slots : original.geo.pages;
+        CHECK(fallocate(h.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from,
+                        (off_t)(original.geo.end - from)) == 0);
+        enter(&h);
+        work(&h);
+        CHECK(h.found != 0 || h.corrupt);
+        leave(&h);
+        close(h.fd);
+    }
+}
+
 static const struct test tests[] = {
+    {"headers_of_others", test_headers_of_others},
+    {"files_of_other_lengths", test_files_of_other_lengths},
+    {"half_made", test_half_made},
+    {"each_damage", test_each_damage},
+    {"a_block_that_grew", test_a_block_that_grew},
+    {"a_run_that_waits_leads_elsewhere", test_a_run_that_waits_leads_elsewhere},
     {"nothing_changed", test_nothing_changed},
     {"header_bytes", test_header_bytes},
     {"random_changes", test_random_changes},

@@ -47,6 +47,7 @@ C_FLOORS = (
     ("block", "slots"),
     ("arena", "roots", "mark", "table", "coord"),
     ("check",),
+    ("inspect",),
     ("module",),
 )
 C_HEADERS = {"layout.h", "shmheap.h", "core.h", "size_classes.h"}
