@@ -6,16 +6,18 @@ The lock is one word of the process's slot; the test takes it in that process's 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import pread, pwrite
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from os import pread, pwrite, sched_yield
 
 import pytest
 from by_hand import HeapByHand
 from processes import Worker
 
-from shmheap import _core
-from shmheap.coordinator import FINAL
+from shmheap import Block, Heap, _core
+from shmheap.coordinator import IDLE, MARK
+from shmheap.errors import StaleHandle
 
 MIB = 1 << 20
 OS_PAGE = 4096
@@ -68,8 +70,8 @@ def test_a_stopped_process_kept_those_behind_it_in_the_last_phase(hand: HeapByHa
         with stopped(hand, 1):
             with pytest.raises(TimeoutError, match="stopped"):
                 hand.steward.finish_mark()
-            assert phase(hand, 1) != FINAL
-            assert phase(hand, 2) == FINAL
+            assert phase(hand, 1) == MARK
+            assert phase(hand, 2) == IDLE, "the collection was given up"
         hand.collect()
         worker.end()
 
@@ -83,3 +85,35 @@ def test_a_stalled_sweep_loses_nothing(hand: HeapByHand) -> None:
     hand.collect()
     hand.release()
     assert hand.stats.heap_objects == 0
+
+
+def both_at_once(hand: HeapByHand, slot: int, block: Block, first: Callable[[], object]) -> None:
+    """Have a thread do that and another free the block while the process's lock is taken."""
+    threads = [threading.Thread(target=call) for call in (first, block.free)]
+    with stopped(hand, slot):
+        for thread in threads:
+            thread.start()
+        for _ in range(1000):  # until they wait for the lock: not sure, and most often so
+            sched_yield()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_block_freed_by_two_threads_was_dropped_twice(hand: HeapByHand) -> None:
+    for _ in range(20):
+        block = hand.heap.put(b"named")
+        hand.heap.roots["kept"] = block
+        both_at_once(hand, 1, block, block.free)
+        assert bytes(hand.heap.roots["kept"]) == b"named"
+
+
+def test_a_heap_went_away_under_a_thread_that_leased_its_last_block(hand: HeapByHand) -> None:
+    for _ in range(20):
+        block = Heap.attach(hand.heap.name).put(b"last")
+
+        def lease(block: Block = block) -> None:
+            with suppress(StaleHandle):  # the other was first
+                block.lease()
+
+        both_at_once(hand, 2, block, lease)
+        hand.reap()
