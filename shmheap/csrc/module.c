@@ -359,11 +359,11 @@ static void block_discard(Block *self)
     Py_DECREF(type);
 }
 
-/* Drops the pin. Cannot fail: it waits as long as it takes, without the GIL. */
-static void block_release(Block *self)
+/* Drops the pin. Cannot fail: it waits as long as it takes, without the GIL. Nobody else may have
+ * the block in hand by then. */
+static void block_release(Block *self, struct box *b)
 {
-    struct box *b = self->box;
-    if (b == NULL || !b->attached || sh_is_forked(&b->ctx))
+    if (!b->attached || sh_is_forked(&b->ctx))
         return; /* detached: the reaper has it */
     enum sh_status s = sh_unpin(&b->ctx, &self->ref, 0);
     if (__builtin_expect(s != SH_OK, 0)) {
@@ -383,7 +383,7 @@ static void block_dealloc(Block *self)
     if (self->weakrefs != NULL)
         PyObject_ClearWeakRefs((PyObject *)self);
     if (self->box != NULL)
-        block_release(self);
+        block_release(self, self->box);
     block_discard(self);
 }
 
@@ -433,9 +433,9 @@ static PyObject *block_free(Block *self, PyObject *unused)
     }
     if (self->box->attached && !box_usable(self->box))
         return NULL;
-    block_release(self);
     struct box *b = self->box;
-    self->box = NULL;
+    self->box = NULL; /* first: other threads may run while this one waits */
+    block_release(self, b);
     box_drop(b);
     Py_RETURN_NONE;
 }
@@ -514,16 +514,11 @@ static PyObject *block_get_freed(Block *self, void *unused)
     return PyBool_FromLong(self->box == NULL);
 }
 
-/* What another process needs: (path, nonce, offset, generation, lease's cell, lease's number). */
-static PyObject *block_make_lease(Block *self, PyObject *unused)
+static PyObject *make_lease(Block *self, struct box *b)
 {
-    (void)unused;
     enum sh_status s;
     uint64_t cell = 0;
     uint32_t seq = 0;
-    if (!block_usable(self) || !box_usable(self->box))
-        return NULL;
-    struct box *b = self->box;
     unsigned long long nonce = b->ctx.hdr->nonce, offset = block_offset(self);
     WAITING_FOR_ROOM(b, s, sh_lease_make(&b->ctx, &self->ref, SLICE_MS, &cell, &seq));
     if (PyErr_Occurred())
@@ -532,6 +527,19 @@ static PyObject *block_make_lease(Block *self, PyObject *unused)
         return fail(b, s);
     return Py_BuildValue("(OKKKKI)", b->path, nonce, offset, (unsigned long long)self->ref.gen,
                          (unsigned long long)cell, (unsigned int)seq);
+}
+
+/* What another process needs: (path, nonce, offset, generation, lease's cell, lease's number). */
+static PyObject *block_make_lease(Block *self, PyObject *unused)
+{
+    (void)unused;
+    if (!block_usable(self) || !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    b->refs++; /* another thread may free the block, and with it the heap, while this one waits */
+    PyObject *handle = make_lease(self, b);
+    box_drop(b);
+    return handle;
 }
 
 static PyObject *block_reduce(Block *self, PyObject *unused)
@@ -567,8 +575,10 @@ static PyObject *block_copy(Block *self, PyObject *unused)
     WAITING_FOR_ROOM(b, s, sh_repin(&b->ctx, &self->ref, SLICE_MS, &other->ref));
     if (s == SH_OK)
         return (PyObject *)other;
-    block_discard(other);
-    return PyErr_Occurred() ? NULL : fail(b, s);
+    if (!PyErr_Occurred())
+        fail(b, s);
+    block_discard(other); /* last: it may be what keeps the box */
+    return NULL;
 }
 
 static PyObject *block_deepcopy(Block *self, PyObject *memo)

@@ -6,16 +6,18 @@ The lock is one word of the process's slot; the test takes it in that process's 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import pread, pwrite
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from os import pread, pwrite, sched_yield
 
 import pytest
 from by_hand import HeapByHand
 from processes import Worker
 
-from shmheap import _core
+from shmheap import Block, Heap, _core
 from shmheap.coordinator import IDLE, MARK
+from shmheap.errors import StaleHandle
 
 MIB = 1 << 20
 OS_PAGE = 4096
@@ -85,3 +87,35 @@ def test_a_stalled_sweep_loses_nothing(hand: HeapByHand) -> None:
     hand.collect()
     hand.release()
     assert hand.stats.heap_objects == 0
+
+
+def both_at_once(hand: HeapByHand, slot: int, block: Block, first: Callable[[], object]) -> None:
+    """Have a thread do that and another free the block while the process's lock is taken."""
+    threads = [threading.Thread(target=call) for call in (first, block.free)]
+    with stopped(hand, slot):
+        for thread in threads:
+            thread.start()
+        for _ in range(1000):  # until they wait for the lock: not sure, and most often so
+            sched_yield()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_block_freed_by_two_threads_was_dropped_twice(hand: HeapByHand) -> None:
+    for _ in range(20):
+        block = hand.heap.put(b"named")
+        hand.heap.roots["kept"] = block
+        both_at_once(hand, 1, block, block.free)
+        assert bytes(hand.heap.roots["kept"]) == b"named"
+
+
+def test_a_heap_went_away_under_a_thread_that_leased_its_last_block(hand: HeapByHand) -> None:
+    for _ in range(20):
+        block = Heap.attach(hand.heap.name).put(b"last")
+
+        def lease(block: Block = block) -> None:
+            with suppress(StaleHandle):  # the other was first
+                block.lease()
+
+        both_at_once(hand, 2, block, lease)
+        hand.reap()
