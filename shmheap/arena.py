@@ -224,9 +224,12 @@ def remove(path: str, file: os.stat_result, nonce: int) -> None:
 
 
 def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:
-    """Find the files of this host that are named like arenas, of every user."""
+    """Find the files of this host that are named like arenas, of every user.
+
+    Raises OSError where there is no such directory.
+    """
     directory = directory or DIRECTORY
-    for file in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+    for file in sorted(os.listdir(directory)):
         prefix, uid, name = file.split(".", 2) if file.count(".") >= 2 else ("", "", "")
         if prefix == PREFIX and uid.isdigit() and name:
             yield ArenaFile(name, int(uid), os.path.join(directory, file))

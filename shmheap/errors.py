@@ -134,6 +134,8 @@ class HeapFull(HeapError, MemoryError):
         wanted = _size(self.requested_bytes)
         if self.what:
             wanted = f"{self.what} ({wanted})"
+        if self.requested_bytes > self.capacity_bytes > 0:
+            return f"no room for {wanted}: that is more than the whole heap"
         return f"no room for {wanted}: {_LIMITS[self.limit][0]}"
 
     def _numbers(self) -> str:

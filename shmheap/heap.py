@@ -316,10 +316,13 @@ class Heap(HeapBase):
         return ScavengeReport.from_fields(self._ask(kind, timeout)[:4])
 
     def _ask(self, kind: int, timeout: float | None) -> tuple[int, ...]:
+        seconds = math.inf if timeout is None else float(timeout)
+        if not seconds >= 0:
+            raise ValueError(f"a timeout is a number of seconds from 0 on, or None: not {timeout}")
         ticket = self._request(kind)
         if self._bell.problem is not None:
             raise CoordinatorLost(self._bell.problem)
-        fields = self._await(kind, ticket, math.inf if timeout is None else timeout)
+        fields = self._await(kind, ticket, seconds)
         if fields is None:
             raise CoordinatorLost(
                 f"the coordinator of {self.name!r} did not answer within {timeout} s; "

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from shmheap import __version__
 from shmheap.cli.signals import INTERRUPTED
 from shmheap.errors import HeapError
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shmheap", description="A heap that many processes share, and that gives memory back."
     )
+    parser.add_argument("--version", action="version", version=f"shmheap {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     run = _add(commands, "run", "run", "be a heap's coordinator, in the foreground")

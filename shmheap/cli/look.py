@@ -77,7 +77,8 @@ def live_pids(fd: int, observer: _core.Observer) -> list[int]:
 def ls(options: argparse.Namespace) -> int:
     """List the heaps of this host: those that have a name, and unlinked ones of this user."""
     named = [_row(file) for file in arena.find_arenas(options.directory)]
-    rows = named + [_row(file, unlinked=True) for file in _unlinked(options.directory)]
+    unlinked = [_row(file, unlinked=True) for file in _unlinked(options.directory)]
+    rows = [row for row in named + unlinked if row is not None]
     if options.json:
         print_json({"heaps": [asdict(row) for row in rows]})
     elif rows:
@@ -85,13 +86,14 @@ def ls(options: argparse.Namespace) -> int:
         print_table(headings, [_cells(row) for row in rows if row.problem is None])
         for row in rows:
             if row.problem is not None:
-                print(f"not usable: {row.problem}")
+                print(f"{row.name} is not usable: {row.problem}")
     else:
         print(f"no heaps in {options.directory or arena.DIRECTORY}")
     return 0
 
 
-def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow:
+def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow | None:
+    """None if it has gone meanwhile."""
     try:
         with observed(file.path) as (fd, observer):
             stats, header = HeapStats(**observer.stats()), observer.header()
@@ -111,6 +113,8 @@ def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow:
                 orphan=not users and coordinator is None,
                 problem=_corrupt(file.path, header["fault"]),
             )
+    except FileNotFoundError:
+        return None
     except (HeapError, OSError) as error:
         return HeapRow(name=file.name, path=file.path, uid=file.uid, problem=str(error))
 

@@ -803,6 +803,19 @@ static PyObject *alloc_when_short(Heap *self, Py_ssize_t n, bool zero, PyObject 
                                timeout ? timeout : Py_False, (int)s);
 }
 
+/* None: for ever. A bad one is refused also where it would not be needed. */
+static bool is_timeout(PyObject *timeout)
+{
+    double seconds = timeout == Py_None ? 0 : PyFloat_AsDouble(timeout);
+    if (PyErr_Occurred())
+        return false;
+    if (seconds >= 0)
+        return true;
+    PyErr_Format(PyExc_ValueError, "a timeout is a number of seconds from 0 on, or None: not %R",
+                 timeout);
+    return false;
+}
+
 static PyObject *heap_alloc(Heap *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
     PyObject *timeout = NULL;
@@ -820,6 +833,8 @@ static PyObject *heap_alloc(Heap *self, PyObject *const *args, Py_ssize_t nargs,
             zero = truth != 0;
         } else if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
             timeout = args[nargs + i];
+            if (!is_timeout(timeout))
+                return NULL;
         } else {
             return PyErr_Format(PyExc_TypeError, "alloc() got an unexpected keyword argument %R",
                                 name);

@@ -134,12 +134,23 @@ def test_ls_gives_the_reason_where_a_file_is_no_heap(
     file_of(heap_name).chmod(mode)
     assert says in row_of(heap_name)["problem"]
     assert says in run("ls").stdout
+    assert f"{heap_name} is not usable" in run("ls").stdout
     assert run("rm", "--force", heap_name).returncode == 0
 
 
 def test_ls_of_another_directory(tmp_path: Path) -> None:
     assert asked("ls", "--directory", str(tmp_path)) == {"heaps": []}
     assert "no heaps" in run("ls", "--directory", str(tmp_path)).stdout
+
+
+def test_ls_of_a_directory_that_is_not_there_said_there_are_no_heaps(tmp_path: Path) -> None:
+    done = run("ls", "--directory", f"{tmp_path}/none")
+    assert done.returncode == 2
+    assert done.stderr == f"shmheap: No such file or directory: {tmp_path}/none\n"
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"shmheap {shmheap.__version__}\n"
 
 
 def test_ls_ends_quietly_where_nobody_reads_on(heap: shmheap.Heap) -> None:

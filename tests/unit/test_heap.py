@@ -19,8 +19,8 @@ import shmheap
 from shmheap import (
     Config,
     Heap,
-    HeapError,
     HeapExists,
+    HeapFull,
     HeapNotFound,
     HeapStats,
     StaleHandle,
@@ -589,6 +589,17 @@ def test_gc_without_an_answer(hand: HeapByHand) -> None:
         hand.heap.gc(timeout=0)
 
 
-def test_bad_numbers(hand: HeapByHand) -> None:
-    with pytest.raises(HeapError):
-        hand.heap.gc(timeout=-1)
+@pytest.mark.parametrize("bad", [-1, float("nan"), -0.5])
+def test_a_senseless_timeout_was_taken_where_it_was_not_needed(
+    hand: HeapByHand, bad: float
+) -> None:
+    for ask in (lambda: hand.heap.alloc(1, timeout=bad), lambda: hand.heap.gc(timeout=bad)):
+        with pytest.raises(ValueError, match="timeout"):
+            ask()
+    with pytest.raises(TypeError):
+        hand.heap.alloc(1, timeout="1")  # type: ignore[arg-type]
+
+
+def test_what_is_larger_than_the_heap_is_said_to_be(hand: HeapByHand) -> None:
+    with pytest.raises(HeapFull, match="more than the whole heap"):
+        hand.heap.alloc(hand.heap.capacity + 1)
