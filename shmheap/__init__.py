@@ -25,6 +25,12 @@ if not sys.platform.startswith("linux"):
         "description locks and robust futexes"
     )
 
+if "t" in sys.abiflags:
+    raise ImportError(
+        "shmheap does not support free-threaded builds of CPython: its core relies on the GIL and "
+        "on the stable ABI, which they lack before 3.15; use a build with the GIL"
+    )
+
 from shmheap.block import Block, Lease
 from shmheap.config import Config
 from shmheap.errors import (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,6 +32,7 @@ __all__ = [
     "create_file",
     "file_path",
     "find_arenas",
+    "find_bells",
     "is_same",
     "open_arena",
     "random_name",
@@ -233,3 +235,11 @@ def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:
         prefix, uid, name = file.split(".", 2) if file.count(".") >= 2 else ("", "", "")
         if prefix == PREFIX and uid.isdigit() and name:
             yield ArenaFile(name, int(uid), os.path.join(directory, file))
+
+
+def find_bells() -> Iterator[tuple[str, int]]:
+    """Find this user's doorbells, of whatever heap; gives their names and inodes."""
+    form = re.compile(rf"sem\.({PREFIX}\.{os.geteuid()}\.[0-9a-f]{{16}}\.bell)")
+    for found in filter(None, map(form.fullmatch, sorted(os.listdir(DIRECTORY)))):
+        with contextlib.suppress(FileNotFoundError):
+            yield f"/{found[1]}", os.stat(os.path.join(DIRECTORY, found[0])).st_ino

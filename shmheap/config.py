@@ -77,6 +77,8 @@ class Config:
         trace: print the scavenger's trace to the coordinator's stderr, as SHMHEAP_TRACE=1 does.
         log: file that the coordinator logs to; None: nowhere.
         python: interpreter that runs the coordinator; None: the creator's own.
+        dump: the heap's memory belongs into the core dumps of its processes. Not by default: a
+            dump would hold what all other processes keep there, and be as large.
 
     Raises:
         ValueError: a number out of range, or not finite.
@@ -93,6 +95,7 @@ class Config:
     trace: bool = False
     log: str | None = None
     python: str | None = None
+    dump: bool = False
 
     def __post_init__(self) -> None:
         self._set_seconds("forced_gc_s", at_least=SHORTEST_S)
@@ -101,6 +104,7 @@ class Config:
         _require("gc_percent", self.gc_percent, int)
         _require("keep", self.keep, bool)
         _require("trace", self.trace, bool)
+        _require("dump", self.dump, bool)
         if self.memory_limit is not None:
             self._set("memory_limit", _positive("memory_limit", parse_size(self.memory_limit)))
         # The coordinator runs in another working directory than the heap's creator.

@@ -174,6 +174,8 @@ class Heap(HeapBase):
         heap._nonce = heap.nonce
         heap._bell = bell
         heap._keep(heap._config.keep)
+        if heap._config.dump:
+            heap._dump()
         bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)
         bell.ring(heap._coordinator_alive())
@@ -205,8 +207,8 @@ class Heap(HeapBase):
             raise self._full(nbytes, status)
         deadline = math.inf if timeout is None else time.monotonic() + float(timeout)
         self._reclaim(min(RECLAIM_S, max(deadline - time.monotonic(), 0) or RECLAIM_S))
-        self._waiting(True)
-        try:
+        try:  # around both: a signal's handler may raise as soon as the first has returned
+            self._waiting(True)
             return self._alloc_or_wait(nbytes, zero, deadline)
         finally:
             self._waiting(False)

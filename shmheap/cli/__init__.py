@@ -86,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="whatever is idle, however short a time"
     )
     rm = _add(commands, "rm", "act", "remove heaps: each goes with its last user")
-    rm.add_argument("name", metavar="NAME", nargs="+")
+    rm.add_argument("name", metavar="NAME", nargs="*")
+    rm.add_argument(
+        "--stale", action="store_true", help="those whose processes were all killed at once"
+    )
     rm.add_argument("--force", action="store_true", help="also a file that is no heap")
     return parser
 

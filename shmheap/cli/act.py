@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -18,6 +19,8 @@ import posix_ipc
 from shmheap import _core, arena
 from shmheap.cli.look import live_pids, observed
 from shmheap.cli.show import print_json, print_pairs, size
+from shmheap.coordinator.process import ensure_running
+from shmheap.coordinator.stale import remove_orphaned_bells, remove_stale
 from shmheap.errors import HeapCorrupt, HeapError, HeapNotFound
 from shmheap.heap import Heap
 
@@ -70,9 +73,14 @@ def scavenge(options: argparse.Namespace) -> int:
 
 def rm(options: argparse.Namespace) -> int:
     """Remove heaps; goes on after one that cannot be removed, and then is 2."""
+    if bool(options.name) is options.stale:
+        raise ValueError("rm wants names, or --stale")
     removed: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
     say = (lambda _text: None) if options.json else print
+    for name in _stale(options.directory) if options.stale else ():
+        removed.append({"name": name, "processes": []})
+        say(f"{name}: removed")
     for name in options.name:
         try:
             users = _remove(arena.file_path(name, options.directory), options, name)
@@ -84,6 +92,12 @@ def rm(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"removed": removed, "failed": failed})
     return 2 if failed else 0
+
+
+def _stale(directory: str | None) -> Iterator[str]:
+    yield from remove_stale(directory, ensure_running)
+    for _ in remove_orphaned_bells(directory):
+        pass  # of heaps that have no name any more
 
 
 def _remove(path: str, options: argparse.Namespace, name: str) -> list[int]:

@@ -37,6 +37,7 @@ class HeapRow:
         coordinator_pid: None if no coordinator lives.
         unlinked: Its name is gone, or about to go.
         orphan: No process uses it, and no coordinator is there to remove it.
+        stale: An orphan that was not to be kept: its processes were all killed at once.
         problem: Why it cannot be used; None if it can. Of what is no heap the numbers are 0.
     """
 
@@ -51,6 +52,7 @@ class HeapRow:
     coordinator_pid: int | None = None
     unlinked: bool = False
     orphan: bool = False
+    stale: bool = False
     problem: str | None = None
 
 
@@ -110,7 +112,8 @@ def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow | None:
                 processes=users,
                 coordinator_pid=coordinator,
                 unlinked=unlinked or bool(header["unlinked"]),
-                orphan=not users and coordinator is None,
+                orphan=(orphan := not users and coordinator is None),
+                stale=orphan and not arena.read_config(fd, file.path).keep,
                 problem=_corrupt(file.path, header["fault"]),
             )
     except FileNotFoundError:
@@ -124,7 +127,8 @@ def _corrupt(path: str, fault: str | None) -> str | None:
 
 
 def _cells(row: HeapRow) -> tuple[object, ...]:
-    remarks = [word for word, true in (("unlinked", row.unlinked), ("orphan", row.orphan)) if true]
+    words = (("unlinked", row.unlinked), ("stale" if row.stale else "kept", row.orphan))
+    remarks = [word for word, true in words if true]
     return (
         row.name,
         size(row.capacity),

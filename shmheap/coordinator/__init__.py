@@ -7,6 +7,7 @@ General layout:
     reaper       who has died, and what becomes of what they held
     collector    one cycle of the garbage collector
     scavenger    one walk that gives idle pages back
+    stale        heaps whose processes were all killed at once
     trace        the scavenger's three lines
     process      the process around it: start, singleton, doorbell, signals, end
 
@@ -95,6 +96,9 @@ class Steward(Protocol):
     @property
     def nonce(self) -> int:
         """The arena's nonce."""
+
+    def close(self) -> None:
+        """Let go of the arena."""
 
     def stats(self) -> dict[str, Any]:
         """Return the fields of `HeapStats`."""

@@ -36,6 +36,7 @@ from shmheap.arena import bell_name, open_arena, read_config, remove
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
+from shmheap.coordinator.stale import remove_stale
 from shmheap.coordinator.trace import Trace
 from shmheap.errors import CoordinatorLost
 
@@ -109,6 +110,8 @@ def main(heap: str, *, foreground: bool) -> int:
         remove(path, os.fstat(arena_fd), steward.nonce)
         return 0
     with _logger(config, foreground=foreground) as log:
+        for stale in remove_stale(config.directory, ensure_running):
+            log.info("removed the stale heap %s: its processes were killed", stale)
         try:
             outcome = _serve(steward, config, log, linger=foreground)
         except Exception:

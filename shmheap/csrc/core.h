@@ -124,6 +124,7 @@ static inline void sh_bump(_Atomic uint64_t *counter, uint64_t n)
 /* os.c: the only mmap, madvise, fallocate, futex and fork */
 int sh_os_resize(int fd, uint64_t bytes); /* 0, or -1 and errno */
 void *sh_os_map(int fd, uint64_t bytes, bool writable);
+void sh_os_dumped(struct sh_ctx *);
 void sh_os_unmap(void *at, uint64_t bytes);
 int sh_os_copy(int fd, uint64_t off, uint64_t bytes, uint8_t *to); /* 0 or errno */
 void *sh_os_private(uint64_t bytes);

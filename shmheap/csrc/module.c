@@ -95,16 +95,57 @@ static int call_bell(struct box *b, bool over)
     return done == NULL ? -1 : 0;
 }
 
+/* Whether a signal's handler raised the error that is set: the bell's own has an errno. */
+static bool is_a_handlers(void)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    PyObject *number = value ? PyObject_GetAttrString(value, "errno") : NULL;
+    bool own = number != NULL && number != Py_None;
+    PyErr_Clear();
+    Py_XDECREF(number);
+    PyErr_Restore(type, value, trace);
+    return !own;
+}
+
 /* Calls the bell if there is something new for the coordinator. */
 static int ring(struct box *b)
 {
     if (__builtin_expect(!b->ctx.ring, 1) || b->bell == NULL)
         return 0;
     b->ctx.ring = false;
-    return call_bell(b, false);
+    if (call_bell(b, false) == 0)
+        return 0;
+    b->ctx.ring = is_a_handlers(); /* it came in between: the next call rings again */
+    return -1;
 }
 
-/* The same where nobody could be told of an error: the coordinator looks again at its next turn. */
+static int raise_again(void *error)
+{
+    PyErr_SetObject((PyObject *)Py_TYPE((PyObject *)error), error);
+    Py_DECREF((PyObject *)error);
+    return -1;
+}
+
+/* Handlers run in the main thread, and so do pending calls: what one raised where nothing can be
+ * raised arrives a moment later. The bell's own errors go: the coordinator looks again at its next
+ * turn. */
+static void raise_later(void)
+{
+    PyObject *type, *value, *trace;
+    if (!is_a_handlers()) {
+        PyErr_Clear();
+        return;
+    }
+    PyErr_Fetch(&type, &value, &trace);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    if (value == NULL || Py_AddPendingCall(raise_again, value) != 0)
+        Py_XDECREF(value);
+}
+
+/* The same where nobody could be told of an error. */
 static void ring_quietly(struct box *b, bool over)
 {
     PyObject *type, *value, *trace;
@@ -112,8 +153,10 @@ static void ring_quietly(struct box *b, bool over)
         return;
     b->ctx.ring = false;
     PyErr_Fetch(&type, &value, &trace);
-    if (call_bell(b, over) != 0)
-        PyErr_Clear();
+    if (call_bell(b, over) != 0) {
+        b->ctx.ring = is_a_handlers();
+        raise_later();
+    }
     PyErr_Restore(type, value, trace);
 }
 
@@ -245,6 +288,11 @@ static PyObject *fail(struct box *b, enum sh_status s)
         PyErr_Format(state->HeapError, "%s", sh_status_text(s));
     }
     return NULL;
+}
+
+static bool box_is_forked(struct box *b)
+{
+    return b->attached && sh_is_forked(&b->ctx);
 }
 
 static bool box_usable(struct box *b)
@@ -393,7 +441,7 @@ static bool block_usable(Block *self)
         PyErr_SetString(state->StaleHandle, "this Block was freed");
         return false;
     }
-    return self->exports > 0 || box_usable(self->box);
+    return (self->exports > 0 && !box_is_forked(self->box)) || box_usable(self->box);
 }
 
 static int block_getbuffer(Block *self, Py_buffer *view, int flags)
@@ -1304,6 +1352,16 @@ static PyObject *heap_keep(Heap *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* _dump(): the arena belongs into this process's core dumps. */
+static PyObject *heap_dump(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    if (!box_usable(self->box))
+        return NULL;
+    sh_os_dumped(&self->box->ctx);
+    Py_RETURN_NONE;
+}
+
 static PyObject *header_number(struct box *b, uint64_t value)
 {
     return b != NULL && b->attached ? PyLong_FromUnsignedLongLong(value) : fail(b, SH_CLOSED);
@@ -1376,6 +1434,7 @@ static PyMethodDef heap_methods[] = {
     {"_want", (PyCFunction)heap_want, METH_VARARGS, NULL},
     {"_coordinator_alive", (PyCFunction)heap_coordinator_alive, METH_NOARGS, NULL},
     {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
+    {"_dump", (PyCFunction)heap_dump, METH_NOARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
     {"_mark_unlinked", (PyCFunction)heap_mark_unlinked, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL}};
@@ -1831,13 +1890,16 @@ static PyObject *observer_header(Heap *self, PyObject *unused)
         return fail(self->box, SH_CLOSED);
     const struct sh_ctx *c = &self->box->ctx;
     const struct sh_header *h = c->hdr;
+    unsigned int alive = 0;
+    for (uint32_t i = 1; i < atomic_load(&h->slots_used) && i < SH_MAX_SLOTS; i++)
+        alive += sh_alive(&self->box->ctx, i);
     return Py_BuildValue(
-        "{sI sK sI sI sK sK sN sI sI sI sN sN}", "version", h->version, "nonce",
+        "{sI sK sI sI sK sK sN sI sI sI sI sN sN}", "version", h->version, "nonce",
         (unsigned long long)h->nonce, "page_bytes", 1u << c->geo.page_shift, "unit_bytes",
         1u << c->geo.unit_shift, "capacity", (unsigned long long)c->geo.capacity, "created_ns",
         (unsigned long long)h->created_ns, "coordinator_alive",
         PyBool_FromLong(sh_alive(&self->box->ctx, 0)), "coordinator_pid",
-        (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "phase",
+        (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "users_alive", alive, "phase",
         sh_phase_of(atomic_load(&h->phase)), "unlinked", (unsigned int)atomic_load(&h->unlinked),
         "fault", fault_of(c), "config", config_of(c));
 }
@@ -2064,7 +2126,10 @@ static int module_exec(PyObject *m)
     return -1;
 }
 
-static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+/* Py_mod_gil with Py_MOD_GIL_USED: names that headers of the stable ABI of 3.11 do not have. */
+#define MOD_GIL     4
+#define MOD_GIL_MIN 0x030d0000ul
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {MOD_GIL, NULL}, {0, NULL}};
 
 static struct PyModuleDef moduledef = {
     PyModuleDef_HEAD_INIT,
@@ -2080,5 +2145,7 @@ static struct PyModuleDef moduledef = {
 
 PyMODINIT_FUNC PyInit__core(void)
 {
+    if (Py_Version < MOD_GIL_MIN) /* which refuses a slot that it does not know */
+        module_slots[1] = (PyModuleDef_Slot){0, NULL};
     return PyModuleDef_Init(&moduledef);
 }

@@ -41,6 +41,12 @@ void *sh_os_map(int fd, uint64_t bytes, bool writable)
     return at;
 }
 
+/* Unless it is wanted there. */
+void sh_os_dumped(struct sh_ctx *c)
+{
+    madvise(c->base, c->geo.end, MADV_DODUMP);
+}
+
 void sh_os_unmap(void *at, uint64_t bytes)
 {
     munmap(at, bytes);
@@ -157,7 +163,9 @@ void *sh_os_hold_byte(const struct sh_ctx *c, uint64_t byte, bool inherited)
         at = mmap(NULL, (size_t)sysconf(_SC_PAGESIZE), PROT_READ, MAP_SHARED, own, 0);
         if (at == MAP_FAILED)
             at = NULL;
-        else if (!inherited)
+        else
+            madvise(at, (size_t)sysconf(_SC_PAGESIZE), MADV_DONTDUMP);
+        if (at != NULL && !inherited)
             sh_os_not_inherited(at);
     }
     int error = errno;
@@ -242,6 +250,9 @@ static void run_detached(char *const argv[], const char *log_path, volatile int 
         dup2(null, 0);
         dup2(null, 1);
         dup2(log, 2);
+        sigset_t none; /* who starts it may have blocked the signal that is to end it */
+        sigemptyset(&none);
+        sigprocmask(SIG_SETMASK, &none, NULL);
         syscall(SYS_close_range, 3u, ~0u, 0u);
         execv(argv[0], argv);
     }

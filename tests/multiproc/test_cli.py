@@ -84,8 +84,12 @@ print(heap.nonce, flush=True)
 
 @pytest.fixture
 def dead(heap_name: str) -> Iterator[int]:
-    """A heap whose processes were all killed; gives its nonce."""
-    with user(MAKE, heap_name) as (process, line):
+    """A heap whose processes were all killed; gives its nonce.
+
+    To be kept: else another test's coordinator removes it as stale.
+    """
+    make = MAKE.replace('"64MiB"', '"64MiB", config=shmheap.Config(keep=True)')
+    with user(make, heap_name) as (process, line):
         kill(row_of(heap_name)["coordinator_pid"])
         kill(process.pid)
     yield int(line)
