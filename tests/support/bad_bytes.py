@@ -43,8 +43,8 @@ def make_original(name: str) -> tuple[int, Extents]:
     found = extents(fd)
     size = os.fstat(fd).st_size
     heap.close()
-    steward.close()
     os.unlink(path)
+    steward.close()
     os.close(fd)
     return size, found
 

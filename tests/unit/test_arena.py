@@ -224,9 +224,16 @@ SPOILT = {
 }
 
 
+@pytest.fixture
+def kept(heap_name: str) -> Iterator[HeapByHand]:
+    """To be kept: else its last user removes it, or another test's coordinator as stale."""
+    with HeapByHand(heap_name, config=Config(keep=True)) as hand:
+        yield hand
+
+
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_spoilt_file_is_not_used(hand: HeapByHand, how: str) -> None:
-    hand.heap._keep(True)  # else its last user removes it
+def test_a_spoilt_file_is_not_used(kept: HeapByHand, how: str) -> None:
+    hand = kept
     hand.heap.close()
     hand.steward.close()
     spoil, said = SPOILT[how]
@@ -252,14 +259,12 @@ def test_a_spoilt_file_is_not_used(hand: HeapByHand, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["text", "empty", "newer version"])
-def test_what_cannot_be_used_can_be_unlinked(heap_name: str, how: str) -> None:
-    # To be kept: else another test's coordinator may remove it as stale first.
-    with HeapByHand(heap_name, config=Config(keep=True)) as hand:
-        hand.heap.close()
-        hand.steward.close()
-        SPOILT[how][0](hand.path)
-        shmheap.unlink(hand.heap.name)
-        assert not Path(hand.path).exists()
+def test_what_cannot_be_used_can_be_unlinked(kept: HeapByHand, how: str) -> None:
+    kept.heap.close()
+    kept.steward.close()
+    SPOILT[how][0](kept.path)
+    shmheap.unlink(kept.heap.name)
+    assert not Path(kept.path).exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
