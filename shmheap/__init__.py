@@ -31,6 +31,14 @@ if "t" in sys.abiflags:
         "on the stable ABI, which they lack before 3.15; use a build with the GIL"
     )
 
+try:
+    import shmheap._core  # noqa: F401  # the first that would be missing
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"{__path__[0]} is shmheap's source; its core is where `pip install .` put it: "
+        "run Python in another folder, or with -P"
+    ) from error
+
 from shmheap.block import Block, Lease
 from shmheap.config import Config
 from shmheap.errors import (

@@ -73,7 +73,8 @@ class Config:
         lease_grace_s: how long a pickled handle outlives the process that sent it. Thirty
             seconds: long enough for a pipe to be drained, short enough not to be a leak.
         keep: the heap stays when its last user leaves, until it is unlinked.
-        directory: where the heap's file is; None: /dev/shm. Any tmpfs will do.
+        directory: where the heap's file is; None: /dev/shm. Any tmpfs will do. (On a disk's file
+            system a heap works, and is written to the disk; `verify` cannot tell there.)
         trace: print the scavenger's trace to the coordinator's stderr, as SHMHEAP_TRACE=1 does.
         log: file that the coordinator logs to; None: nowhere.
         python: interpreter that runs the coordinator; None: the creator's own.

@@ -67,7 +67,7 @@ _LIMITS: dict[str, tuple[str, str]] = {
     ),
     "waiting": (
         "every process that allocates waits for memory, and no collection can free any",
-        "drop handles before waiting, allocate with a timeout, or enlarge the heap",
+        "drop handles before waiting, or enlarge the heap",
     ),
 }
 

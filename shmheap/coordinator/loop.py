@@ -48,7 +48,9 @@ from shmheap.coordinator import (
     ASK_SCAVENGE_AGED,
     ASK_SCAVENGE_ALL,
     ASKS,
+    WANT_LEAVE,
     WANT_MEMORY,
+    WANT_REAP,
     pacing,
 )
 from shmheap.coordinator.collector import collect, resume
@@ -167,6 +169,8 @@ class Coordinator:
         wants = self._steward.take_wants()
         tickets = {kind: self._steward.pending(kind) for kind in ASKS}
         reaped = self._reap(exited)
+        if wants & (WANT_REAP | WANT_LEAVE):  # somebody came, and may be gone again
+            self._linger = False
         stats = HeapStats(**self._steward.stats())
         plan = pacing.plan(self._seen(wants, tickets, stats, reaped), self._config)
         plan = pacing.with_unfinished(plan, self._unfinished)

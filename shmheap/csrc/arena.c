@@ -61,6 +61,7 @@ static void init_header(struct sh_header *h, const struct sh_geometry *g, uint64
 {
     memcpy(h->magic, SH_MAGIC, sizeof h->magic);
     h->version = SH_VERSION;
+    h->layout = SH_LAYOUT;
     h->header_bytes = sizeof *h;
     h->nonce = nonce;
     h->capacity = g->capacity;
@@ -125,7 +126,7 @@ static const char *fault_of(const struct sh_header *h, uint64_t file_bytes)
     struct sh_geometry g;
     if (memcmp(h->magic, SH_MAGIC, sizeof h->magic) != 0)
         return "it is not a shmheap arena";
-    if (h->version != SH_VERSION || h->header_bytes != sizeof *h)
+    if (h->version != SH_VERSION || h->layout != SH_LAYOUT || h->header_bytes != sizeof *h)
         return "it was made by another version of shmheap";
     if (h->unit_shift != (uint32_t)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE)) &&
         h->unit_shift != 21) /* before anything is shifted by it */

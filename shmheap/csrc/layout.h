@@ -23,8 +23,12 @@
 
 #include "size_classes.h"
 
-#define SH_MAGIC        "SHMHEAP"
-#define SH_VERSION      1u
+#define SH_MAGIC   "SHMHEAP"
+#define SH_VERSION 1u
+#ifndef SH_LAYOUT
+#define SH_LAYOUT 0u /* the build hashes this file: whoever was built from another one is refused \
+                      */
+#endif
 #define SH_MAX_SLOTS    1024u            /* slot 0 is the coordinator's */
 #define SH_MAX_PAGES    ((1u << 28) - 1) /* a span record has 28 bits for them */
 #define SH_NIL          0xffffffffu      /* no page, no root entry */
@@ -269,7 +273,7 @@ struct sh_header {
     uint32_t page_shift;
     uint32_t unit_shift;
     uint32_t config_bytes;
-    uint32_t unused0;
+    uint32_t layout;              /* SH_LAYOUT */
     char config[SH_CONFIG_BYTES]; /* JSON */
 
     struct sh_lock registry; /* rank 1: slots, closing */

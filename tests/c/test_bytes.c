@@ -1017,6 +1017,7 @@ static void test_headers_of_others(void)
     static const struct header_fault faults[] = {
         {FIELD(magic), 0},
         {FIELD(version), SH_VERSION + 1},
+        {FIELD(layout), SH_LAYOUT + 1},
         {FIELD(version), SH_VERSION - 1},
         {FIELD(header_bytes), sizeof(struct sh_header) + 8},
         {FIELD(capacity), 0},

@@ -18,6 +18,8 @@ from shmheap.coordinator import (
     LIVE,
     MARK,
     SWEEP,
+    WANT_LEAVE,
+    WANT_REAP,
 )
 from shmheap.coordinator.loop import Outcome
 from shmheap.coordinator.pacing import (
@@ -544,6 +546,13 @@ def test_started_by_hand_it_waits_for_the_first_user_and_leaves_with_the_last() 
     process = world.heap.attach()
     world.turn()
     world.heap.leave(process)
+    assert world.turn() is Outcome.CLOSED
+
+
+def test_a_first_user_who_came_and_went_between_two_turns_was_waited_for_for_ever() -> None:
+    world = World(linger=True)
+    world.run_for(100)
+    world.heap.wants |= WANT_REAP | WANT_LEAVE  # it attached, and left
     assert world.turn() is Outcome.CLOSED
 
 
