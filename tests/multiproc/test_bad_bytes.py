@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -46,14 +47,14 @@ def test_header_bytes(heap_name: str, part: int) -> None:
     """Every byte of the identity, and a share of the others: they are for tests/c/test_bytes.c."""
     offsets = [*range(IDENTITY_BYTES), *range(IDENTITY_BYTES, _core.HEADER_BYTES, 211)][part::3]
     done = subprocess.run(
-        [sys.executable, "-P", SUPPORT / "bad_bytes.py", heap_name]
+        [sys.executable, "-P", str(SUPPORT / "bad_bytes.py"), heap_name]
         + [f"{offset}:{value}" for offset in offsets for value in VALUES],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    became = eval(done.stdout)
+    became = ast.literal_eval(done.stdout)
     assert sum(became.values()) == len(offsets) * len(VALUES)
     assert became["UntrustedArena"] > 50
     assert became[""] > 50
