@@ -25,9 +25,9 @@
 
 #define SH_MAGIC   "SHMHEAP"
 #define SH_VERSION 1u
+/* The build hashes this file: who was built from another one is refused. */
 #ifndef SH_LAYOUT
-#define SH_LAYOUT 0u /* the build hashes this file: whoever was built from another one is refused \
-                      */
+#define SH_LAYOUT 0u
 #endif
 #define SH_MAX_SLOTS    1024u            /* slot 0 is the coordinator's */
 #define SH_MAX_PAGES    ((1u << 28) - 1) /* a span record has 28 bits for them */
