@@ -25,7 +25,8 @@
 
 #define SH_MAGIC   "SHMHEAP"
 #define SH_VERSION 1u
-/* The build hashes this file: who was built from another one is refused. */
+/* The build hashes this file, core.h and size_classes.h: who was built from others is refused. What
+ * else two builds must agree on (the padding of blocks, their tiers) is SH_VERSION's. */
 #ifndef SH_LAYOUT
 #define SH_LAYOUT 0u
 #endif
@@ -75,21 +76,22 @@ enum sh_slot_state {
 
 struct sh_slot {
     _Alignas(SH_LINE) _Atomic uint64_t lock; /* held from reading the phase to the last step */
-    _Atomic uint32_t state;                  /* enum sh_slot_state; L: registry */
-    _Atomic uint32_t incarnation;            /* uses of this slot so far; L: registry */
-    _Atomic uint32_t pid;                    /* L: registry */
+    _Atomic uint32_t state; /* enum sh_slot_state; L: registry, but for the last step of leaving */
+    _Atomic uint32_t incarnation; /* uses of this slot so far; L: registry */
+    _Atomic uint32_t pid;         /* L: registry; a forked child writes its own */
     uint32_t unused0;
 
     _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator; L: lock */
-    _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner */
+    _Atomic uint32_t waiting;                 /* threads that wait for memory; W: owner, reaper */
     _Atomic uint32_t wait_seen;               /* hdr.freed that the last waiter saw; W: owner */
-    _Atomic uint32_t refused;                 /* wait_seen that was refused; W: coordinator */
-    _Atomic uint64_t remote[2];    /* classes others freed into, a bit each; W: anybody */
+    _Atomic uint32_t refused;   /* wait_seen + 1 that was refused, 0: none; W: coordinator, owner */
+    _Atomic uint64_t remote[2]; /* classes others freed into, a bit each; W: anybody */
     _Atomic uint32_t leases_taken; /* 1: cells of ours were cleared; W: anybody */
     _Atomic uint32_t dying;        /* reserved for node blocks: dying list, page or NIL */
     _Atomic uint64_t ended_ns;     /* when its end was noticed, 0 = not; W: coordinator */
 
-    /* Statistics, W: owner; L: lock. Hints: the collector's walk is the truth. */
+    /* Statistics, W: owner, and the reaper of a dead one; L: lock. Hints: the collector's walk is
+     * the truth. */
     _Alignas(SH_LINE) _Atomic uint64_t mallocs; /* blocks */
     _Atomic uint64_t frees;                     /* blocks, whoever allocated them */
     _Atomic uint64_t alloc_bytes;
@@ -282,8 +284,8 @@ struct sh_header {
 
     /* L: registry */
     _Alignas(SH_LINE) _Atomic uint32_t closing; /* 1: nobody may attach any more */
-    _Atomic uint32_t unlinked;                  /* 1: the name is gone; W: whoever unlinked */
-    _Atomic uint32_t slots_used;                /* slots 0..n-1 were used at some time */
+    _Atomic uint32_t unlinked;   /* 1: the name is gone; W: whoever unlinked it; no lock */
+    _Atomic uint32_t slots_used; /* slots 0..n-1 were used at some time */
     /* 0, or what was found that cannot be: enum sh_fault:8 where:56; W: whoever finds one first, by
      * CAS, for ever; no L (I-3) */
     _Atomic uint64_t poisoned;
@@ -294,8 +296,8 @@ struct sh_header {
     _Atomic uint64_t limit_units;             /* soft limit of committed units; W: coordinator */
     _Atomic uint64_t gc_trigger_pages;        /* pages in use that want a GC; W: coordinator */
 
-    _Alignas(
-        SH_LINE) _Atomic uint32_t freed; /* futex: goes up when memory comes free for a waiter */
+    _Alignas(SH_LINE) _Atomic uint32_t
+        freed; /* futex: goes up when memory comes free for a waiter; W: anybody */
     _Alignas(
         SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
 

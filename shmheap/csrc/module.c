@@ -1776,6 +1776,8 @@ static PyObject *steward_set_limit(Heap *self, PyObject *args)
 static PyObject *steward_closing(Heap *self, PyObject *unused)
 {
     (void)unused;
+    if (!steward_open(self))
+        return NULL;
     return PyBool_FromLong(atomic_load(&self->box->ctx.hdr->closing) != 0);
 }
 
@@ -2010,8 +2012,9 @@ static const char *obstacle(enum sh_status s)
     }
 }
 
-/* libc calls these inside fork(), after every hook of Python and of other libraries: what those
- * wait for still finds the heaps open. Python cannot be used here. */
+/* libc calls these inside fork(), after every hook of Python: what those wait for still finds the
+ * heaps open. (Handlers that a library in C registered before us run later, with the heaps locked.)
+ * Python cannot be used here. */
 
 static void before_fork(void)
 {

@@ -180,7 +180,7 @@ def test_there_is_one_steward(hand: HeapByHand) -> None:
 
 STEWARD_CALLS = [
     "begin", "slots", "users", "try_close", "refuse_waiters", "take_wants", "start_cycle", "mark",
-    "finish_mark", "sweep", "stats", "check", "unlinked", "now_stamp",
+    "finish_mark", "sweep", "stats", "closing", "check", "unlinked", "now_stamp",
 ]  # fmt: skip
 
 
