@@ -72,10 +72,13 @@ STARTING_S = 1.0
 """How long a coordinator that was started may take until it is missed: an interpreter's start is a
 tenth of a second, more on a busy machine; every further one would take its time from the first."""
 
-_open_heaps: weakref.WeakSet[Heap] = weakref.WeakSet()
+_open_heaps: weakref.WeakValueDictionary[int, Heap] = weakref.WeakValueDictionary()
+"""Every open heap of this process, by its id()."""
 _found_heaps: dict[int, Heap] = {}
-"""Heaps that were attached because a handle of theirs was unpickled, by nonce."""
-_lock = threading.RLock()
+"""Those that were attached because a handle of theirs was unpickled, by nonce."""
+_finding = threading.RLock()
+"""Held while one is attached. Never around a loop: CPython 3.12 and 3.13 leave a `with` that a
+signal's handler interrupts where a loop turns back without releasing it."""
 
 
 class Heap(HeapBase):
@@ -184,7 +187,7 @@ class Heap(HeapBase):
             heap.close()
             raise CoordinatorLost(bell.problem)
         bell.warns = True
-        _open_heaps.add(heap)
+        _open_heaps[id(heap)] = heap
         return heap
 
     @property
@@ -571,24 +574,38 @@ def _is_still(path: str, nonce: int) -> bool:
 
 def _find(path: str, nonce: int) -> Heap:
     """Return an open heap of this process with that nonce, or attach to it."""
-    with _lock:
-        for heap in [*_open_heaps, *_found_heaps.values()]:
-            if not heap.closed and heap.nonce == nonce:
-                return heap
-        try:
-            heap = Heap._attach_path(path, os.path.basename(path).split(".", 2)[-1])
-        except HeapNotFound as error:
-            raise StaleHandle(f"the heap of this handle is gone: {path}") from error
-        if heap.nonce != nonce:
-            heap.close()
-            raise StaleHandle(f"the heap of this handle is gone, and {path} is another one")
-        _found_heaps[nonce] = heap
-        return heap
+    found = _known(nonce)
+    if found is None:
+        with _finding:
+            found = _known(nonce) or _attach_found(path, nonce)
+    return found
+
+
+def _known(nonce: int) -> Heap | None:
+    for reference in _open_heaps.valuerefs():
+        heap = reference()
+        if heap is not None and not heap.closed and heap.nonce == nonce:
+            return heap
+    return None
+
+
+def _attach_found(path: str, nonce: int) -> Heap:
+    try:
+        heap = Heap._attach_path(path, os.path.basename(path).split(".", 2)[-1])
+    except HeapNotFound as error:
+        raise StaleHandle(f"the heap of this handle is gone: {path}") from error
+    if heap.nonce != nonce:
+        heap.close()
+        raise StaleHandle(f"the heap of this handle is gone, and {path} is another one")
+    _found_heaps[nonce] = heap
+    return heap
 
 
 def _close_all() -> None:
-    for heap in list(_open_heaps):
-        heap.close()
+    for reference in _open_heaps.valuerefs():
+        heap = reference()
+        if heap is not None:
+            heap.close()
     _found_heaps.clear()
 
 

@@ -7,23 +7,26 @@ may (`armed`), so that the error cannot arrive in the test's own bookkeeping.
 
 from __future__ import annotations
 
+import dis
 import gc
 import os
 import pickle
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 from by_hand import HeapByHand
 from processes import Worker
 
 import shmheap.heap as heap_module
-from shmheap import Heap, HeapFull, _core
+from shmheap import Heap, HeapFull, StaleHandle, _core
 
 SIGNALS = 300
 EVERY_S = 0.001
@@ -78,15 +81,22 @@ class Storm:
             self.armed = True
             action()
             self.armed = False
-        except (InterruptedHereError, KeyboardInterrupt):
-            pass
         finally:
             self.armed = False
 
+    def enough(self) -> bool:
+        """Whether enough signals came, and raised if they may."""
+        return self.delivered >= SIGNALS and (self.raises is None or self.raised >= SIGNALS // 3)
+
     def until_enough(self, action: Callable[[], object]) -> None:
-        """Attempt it again and again, until enough signals came, and raised if they may."""
-        while self.delivered < SIGNALS or (self.raises is not None and self.raised < SIGNALS // 3):
-            self.attempt(action)
+        """Attempt it again and again. What was raised where nothing can be, arrives a step later."""
+        enough = False
+        while not enough:
+            try:
+                self.attempt(action)
+                enough = self.enough()
+            except (InterruptedHereError, KeyboardInterrupt):
+                pass
 
 
 STORMS = [
@@ -298,6 +308,57 @@ def _close(heap: Heap) -> None:
     heap.close()
     assert heap.closed  # the error may arrive a step later
     pytest.fail("it did not arrive")
+
+
+def test_an_interrupt_where_a_loop_turned_back_left_the_lock_of_handles_held(heap: Heap) -> None:
+    with Heap.create() as other, Heap.create() as third:  # so that looking for one takes turns
+        for where in ((heap._path, heap.nonce), (heap._path, 1)):  # open, and to be attached
+            attempts = 0
+            while _interrupted_at(attempts, lambda where=where: heap_module._find(*where)):
+                attempts += 1
+                free = ThreadPoolExecutor(1)
+                with free:
+                    locked = free.submit(heap_module._finding.acquire, blocking=False).result()
+                    assert locked, f"held after an interrupt at {attempts}"
+                    free.submit(heap_module._finding.release).result()
+            assert attempts > 0
+        assert not other.closed and not third.closed
+
+
+def _interrupted_at(place: int, call: Callable[[], object]) -> bool:
+    """Raise where a signal's handler may, the place-th time; False if the call has fewer of them.
+
+    Handlers run where a function begins and where a loop turns back, and after calls.
+    """
+    code: dict[CodeType, dict[int, str]] = {}
+    places = 0
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Callable[..., object]:
+        nonlocal places
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            names = code.setdefault(
+                frame.f_code,
+                {step.offset: step.opname for step in dis.get_instructions(frame.f_code)},
+            )
+            if names[frame.f_lasti].startswith(("RESUME", "JUMP_BACKWARD")):
+                places += 1
+                if places > place:
+                    sys.settrace(None)
+                    raise InterruptedHereError
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except InterruptedHereError:
+        return True
+    except StaleHandle:
+        pass
+    finally:
+        sys.settrace(before)
+    return False
 
 
 def test_a_ring_that_a_handler_cut_short_was_not_made_up_for(
