@@ -90,11 +90,11 @@ class Storm:
 
     def until_enough(self, action: Callable[[], object]) -> None:
         """Attempt it again and again. What was raised where nothing may be, arrives later."""
-        enough = False
-        while not enough:
+        while True:
             try:
+                if self.enough():
+                    return
                 self.attempt(action)
-                enough = self.enough()
             except (InterruptedHereError, KeyboardInterrupt):
                 pass
 
