@@ -2,8 +2,8 @@
 
 One allocation, all the way down:
 
-    heap.alloc(64)                       csrc/module.c  a method of the C base class, no Python
-      size class, a spare Block object   csrc/module.c, size_classes.h
+    heap.alloc(64)                       csrc/py/heap.c a method of the C base class, no Python
+      size class, a spare Block object   csrc/py/py.h, size_classes.h
       own process lock                   csrc/lock.c    nobody else wants it but the coordinator
       a bit of the private bitmap        csrc/span.c    a hint
       CAS of the block word FREE -> LIVE csrc/block.c   the arbiter

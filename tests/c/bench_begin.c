@@ -5,7 +5,7 @@
  *        tests/c/bench_begin.c $(ls shmheap/csrc/[!m]*.c shmheap/csrc/mark.c) -o bench_begin
  *     ./bench_begin 1000000
  *
- * (everything in csrc but module.c). For 1,000, 10,000, ... spans of one page, every other one
+ * (everything in csrc but csrc/py). For 1,000, 10,000, ... spans of one page, every other one
  * free, prints a line: spans, us of sh_begin, us of sh_reap of a dead process that had nothing.
  * Medians of CPU time.
  */

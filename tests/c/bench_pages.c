@@ -5,7 +5,7 @@
  *        tests/c/bench_pages.c $(ls shmheap/csrc/[!m]*.c shmheap/csrc/mark.c) -o bench_pages
  *     ./bench_pages 1000000
  *
- * (everything in csrc but module.c). For 10, 100, ... free runs of one page, every other page in
+ * (everything in csrc but csrc/py). For 10, 100, ... free runs of one page, every other page in
  * use, given back in random order, prints a line: free runs, ns to take a run of one page and give
  * it back, ns to give back any page in use and take another. All heaps are there together and take
  * turns; medians. The second figure has cache misses in it: it goes to places all over the tables.

@@ -39,10 +39,7 @@ compile() { # SOURCE...: an object of each, two at a time
     ' compile {} "${flags[@]}"
 }
 
-core=()
-for source in shmheap/csrc/*.c; do
-    [[ $source == */module.c ]] || core+=("$source")
-done
+core=(shmheap/csrc/*.c) # all but what knows Python
 tests=("${tests[@]/#/test_}")
 compile "${core[@]}" tests/c/support.c tests/c/hammer.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
 

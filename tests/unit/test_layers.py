@@ -4,8 +4,8 @@ Rooms are listed from the ground up. A room uses rooms below it, and rooms of it
 as that goes round in no circle. A new file needs a place in these lists.
 
 Python rooms are the modules and subpackages of `shmheap`; an arrow is an import, wherever in the
-file it stands. C rooms are the files of `csrc`; an arrow is the use of a function that another file
-defines, or an include of another room's own header.
+file it stands. C rooms are the files of `csrc` and of `csrc/py`; an arrow is the use of a
+function that another file defines, or an include of another room's own header.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ C_FLOORS = (
     ("arena", "roots", "mark", "table", "coord"),
     ("check",),
     ("inspect",),
-    ("module",),
+    ("py/py",),  # the header
+    ("py/state",),
+    ("py/errors",),
+    ("py/box",),
+    ("py/fork", "py/numbers", "py/block", "py/functions"),
+    ("py/heap",),
+    ("py/steward", "py/observer"),
+    ("py/module",),
 )
 C_HEADERS = {"layout.h", "shmheap.h", "core.h", "size_classes.h"}
 """Anybody's."""
@@ -232,36 +239,43 @@ def functions_of(code: str) -> set[str]:
 
 def c_arrows(csrc: Path) -> list[Arrow]:
     """Every use of one C file's functions or header by another."""
-    codes = {path.stem: code_of(path.read_text()) for path in sorted(csrc.glob("*.c"))}
+    codes = {c_room_of(csrc, path): code_of(path.read_text()) for path in sorted(csrc.rglob("*.c"))}
     home = {name: room for room, code in codes.items() for name in functions_of(code)}
     arrows = []
     for user, code in codes.items():
         used = {(home[word], word) for word in WORD.findall(code) if word in home}
         arrows += [Arrow(user, room, f"{user}.c: {word}") for room, word in sorted(used)]
-        arrows += include_arrows(csrc / f"{user}.c")
+        arrows += include_arrows(csrc, csrc / f"{user}.c")
     return [arrow for arrow in arrows if arrow.user != arrow.used]
 
 
-def include_arrows(path: Path) -> list[Arrow]:
+def include_arrows(csrc: Path, path: Path) -> list[Arrow]:
     """Includes of headers that are a room's own."""
+    user = c_room_of(csrc, path)
     return [
-        Arrow(path.stem, Path(name).stem, f'{path.name}: "{name}"')
+        Arrow(user, c_room_of(csrc, (path.parent / name).resolve()), f'{user}.c: "{name}"')
         for quote, name in INCLUDE.findall(path.read_text())
-        if quote == '"' and name not in C_HEADERS
+        if quote == '"' and Path(name).name not in C_HEADERS
     ]
+
+
+def c_room_of(csrc: Path, path: Path) -> str:
+    """The name of a C file's room: its path in csrc, without the suffix."""
+    return path.relative_to(csrc).with_suffix("").as_posix()
 
 
 def c_violations(csrc: Path) -> list[str]:
     """What breaks the order of the C rooms."""
     wrong = wrong_arrows(C_FLOORS, c_arrows(csrc))
-    for path in [*sorted(csrc.glob("*.c")), *sorted(csrc.glob("*.h"))]:
+    for path in [*sorted(csrc.rglob("*.c")), *sorted(csrc.rglob("*.h"))]:
         text = path.read_text()
+        name = path.relative_to(csrc).as_posix()
         headers = {name for _, name in INCLUDE.findall(text)}
-        if "Python.h" in headers and path.name != "module.c":
-            wrong.append(f"{path.name}: only module.c knows Python")
+        if "Python.h" in headers and not name.startswith("py/"):
+            wrong.append(f"{name}: only py/ knows Python")
         called = set(re.findall(r"\b(\w+)\s*\(", code_of(text))) & OS_CALLS
-        if called and path.name != "os.c":
-            wrong.append(f"{path.name}: {', '.join(sorted(called))}: only os.c may")
+        if called and name != "os.c":
+            wrong.append(f"{name}: {', '.join(sorted(called))}: only os.c may")
     return wrong
 
 
@@ -278,7 +292,8 @@ def test_c_rooms_use_only_what_is_below_them() -> None:
 
 def test_the_arrows_that_the_design_draws_are_seen() -> None:
     c = {(a.user, a.used) for a in c_arrows(ROOT / PACKAGE / "csrc")}
-    assert {("module", "block"), ("block", "span"), ("span", "pages"), ("pages", "lock")} <= c
+    assert {("py/steward", "py/heap"), ("py/heap", "py/box"), ("py/heap", "block")} <= c
+    assert {("block", "span"), ("span", "pages"), ("pages", "lock")} <= c
     python = {(a.user, a.used) for a in python_arrows(ROOT / PACKAGE)}
     assert {("heap", "_core"), ("heap", "config"), ("coordinator", "_core")} <= python
 
@@ -362,7 +377,9 @@ GOOD_C = {
     "int *\nsh_pages(int (*f)(void))\n{\n    return 0;\n}\n",
     "span.c": '#include "pages.h"\nint sh_span(int n)\n{\n    return n ? *sh_pages(0) : 0;\n}\n',
     "pages.h": "int *sh_pages(int (*f)(void));\n",
-    "module.c": "#include <Python.h>\nint sh_module(void)\n{\n    return sh_span(1);\n}\n",
+    "py/py.h": '#include <Python.h>\n#include "../core.h"\n',
+    "py/module.c": '#include "py.h"\n#include "../core.h"\n'
+    "int sh_module(void)\n{\n    return sh_span(1);\n}\n",
 }
 
 
@@ -372,7 +389,8 @@ def test_a_good_c_house_stands(tmp_path: Path) -> None:
     assert {(a.user, a.used) for a in c_arrows(csrc)} == {
         ("pages", "os"),
         ("span", "pages"),
-        ("module", "span"),
+        ("py/module", "span"),
+        ("py/module", "py/py"),
     }
 
 
@@ -382,8 +400,10 @@ def test_a_good_c_house_stands(tmp_path: Path) -> None:
         ("pages.c", "int f(void)\n{\n    return sh_span(1);\n}", "pages.c: sh_span: pages -> span"),
         ("pages.c", "int (*f)(int) = sh_span;", "pages -> span runs up"),
         ("os.c", '#include "pages.h"\n', 'os.c: "pages.h": os -> pages runs up'),
-        ("span.c", "#include <Python.h>\n", "span.c: only module.c knows Python"),
-        ("shmheap.h", "#  include <Python.h>\n", "shmheap.h: only module.c knows Python"),
+        ("span.c", "#include <Python.h>\n", "span.c: only py/ knows Python"),
+        ("shmheap.h", "#  include <Python.h>\n", "shmheap.h: only py/ knows Python"),
+        ("span.c", '#include "py/py.h"\n', "span -> py/py runs up"),
+        ("py/py.h", "void *x = mmap(0, 0);", "py/py.h: mmap: only os.c"),
         ("span.c", "int f(void)\n{\n    return madvise(0, 0, 0);\n}", "span.c: madvise: only os.c"),
         ("shed.c", "int f(void)\n{\n    return sh_span(1);\n}", "a room without a floor"),
     ],

@@ -266,7 +266,7 @@ def measure_begin_in_c(most: int) -> Result:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or not source.exists() or not core.exists():
         return {"skipped": "it needs a C compiler and the source tree"}
-    files = [str(file) for file in sorted(core.glob("*.c")) if file.name != "module.c"]
+    files = [str(file) for file in sorted(core.glob("*.c"))]
     flags = ["-std=c11", "-O2", "-D_GNU_SOURCE", "-pthread", "-Wl,--wrap=sh_os_commit"]
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder, "bench_begin"))

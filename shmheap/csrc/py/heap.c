@@ -1,0 +1,587 @@
+/* The type HeapBase, the base of shmheap.Heap: a process's use of an arena. */
+
+#include "py.h"
+
+#include <string.h>
+
+#define SUCCESSION_SLICES 2 /* who waits for a coordinator that died looks for it this often */
+
+PyObject *heap_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    if ((args != NULL && PyTuple_Size(args) != 0) || (kwargs != NULL && PyDict_Size(kwargs) != 0))
+        return PyErr_Format(PyExc_TypeError,
+                            "a heap is made by shmheap.open(), Heap.create() or Heap.attach()");
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    return alloc(type, 0);
+}
+
+/* _attach(fd, path, bell) -> bool; False: the heap is closing, look for its name again. */
+static PyObject *heap_attach(Heap *self, PyObject *args)
+{
+    int fd;
+    PyObject *path, *bell;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "iUO:_attach", &fd, &path, &bell))
+        return NULL;
+    if (self->box != NULL)
+        return PyErr_Format(PyExc_RuntimeError, "attached already");
+    struct box *b = box_new(fd, path, true);
+    if (b == NULL)
+        return NULL;
+    WAITING(b, s, sh_attach(&b->ctx, SLICE_MS));
+    if (s != SH_OK) {
+        if (!PyErr_Occurred() && s != SH_CLOSED)
+            fail(b, s);
+        sh_unmap(&b->ctx);
+        b->attached = false;
+        box_drop(b);
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
+    }
+    b->bell = Py_NewRef(bell);
+    b->keep = true; /* until we know */
+    box_enter_list(b);
+    self->box = b;
+    return box_ring(b) == 0 ? Py_NewRef(Py_True) : NULL;
+}
+
+void heap_dealloc(Heap *self)
+{
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    if (self->weakrefs != NULL)
+        PyObject_ClearWeakRefs((PyObject *)self);
+    if (self->box != NULL)
+        box_drop(self->box);
+    release(self);
+    Py_DECREF(type);
+}
+
+PyObject *heap_close(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    if (self->box != NULL) {
+        self->box->closed = true;
+        box_settle(self->box);
+    }
+    Py_RETURN_NONE;
+}
+
+/* Allocating */
+
+/* Says how many bytes: 0 < n. -1 with an error set otherwise. */
+static Py_ssize_t parse_nbytes(PyObject *arg)
+{
+    Py_ssize_t n = PyLong_Check(arg) ? PyLong_AsSsize_t(arg) : PyNumber_AsSsize_t(arg, NULL);
+    if (n == -1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return -1;
+        PyErr_Clear();
+        n = PyNumber_AsSsize_t(arg, NULL); /* the nearest that there is */
+    }
+    if (n <= 0) {
+        PyErr_Format(PyExc_ValueError, "a block has at least 1 byte, not %zd", n);
+        return -1;
+    }
+    return n;
+}
+
+/* The slow path: without the GIL. NULL without an error: *s says why. */
+static PyObject *alloc_slow(Heap *self, Block *block, uint64_t n, bool zero, enum sh_status *s)
+{
+    struct box *b = self->box;
+    WAITING(b, *s, sh_alloc(&b->ctx, n, zero, SLICE_MS, &block->ref));
+    if (*s == SH_OK && box_ring(b) == 0)
+        return (PyObject *)block;
+    if (*s == SH_OK) { /* the bell's own error */
+        Py_DECREF(block);
+        return NULL;
+    }
+    block_discard(block);
+    if (!PyErr_Occurred() && !is_short(*s))
+        fail(b, *s);
+    return NULL;
+}
+
+/* The common path: no lock that another process wants, no system call, nothing in Python. */
+static PyObject *alloc_block(Heap *self, Py_ssize_t n, bool zero, enum sh_status *s)
+{
+    struct box *b = self->box;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    if (n <= (Py_ssize_t)SH_MAX_SMALL) {
+        *s = sh_alloc_fast(&b->ctx, sh_class_of((uint32_t)n), (uint64_t)n, &block->ref);
+        if (__builtin_expect(*s == SH_OK, 1)) {
+            if (zero)
+                memset(block->ref.data, 0, (size_t)n);
+            return (PyObject *)block;
+        }
+    }
+    return alloc_slow(self, block, (uint64_t)n, zero, s);
+}
+
+/* Memory is short: Python asks the coordinator, waits as long as it may, and says why if it fails.
+ */
+static PyObject *alloc_when_short(Heap *self, Py_ssize_t n, bool zero, PyObject *timeout,
+                                  enum sh_status s)
+{
+    return PyObject_CallMethod((PyObject *)self, "_alloc_when_short", "niOi", n, (int)zero,
+                               timeout ? timeout : Py_False, (int)s);
+}
+
+/* None: for ever. A bad one is refused also where it would not be needed. */
+static bool is_timeout(PyObject *timeout)
+{
+    double seconds = timeout == Py_None ? 0 : PyFloat_AsDouble(timeout);
+    if (PyErr_Occurred())
+        return false;
+    if (seconds >= 0)
+        return true;
+    PyErr_Format(PyExc_ValueError, "a timeout is a number of seconds from 0 on, or None: not %R",
+                 timeout);
+    return false;
+}
+
+static PyObject *heap_alloc(Heap *self, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    PyObject *timeout = NULL;
+    enum sh_status s = SH_OK;
+    bool zero = true;
+    if (nargs != 1)
+        return PyErr_Format(PyExc_TypeError,
+                            "alloc() takes 1 positional argument (nbytes), not %zd", nargs);
+    for (Py_ssize_t i = 0; kwnames != NULL && i < PyTuple_Size(kwnames); i++) {
+        PyObject *name = PyTuple_GetItem(kwnames, i);
+        if (PyUnicode_CompareWithASCIIString(name, "zero") == 0) {
+            int truth = PyObject_IsTrue(args[nargs + i]);
+            if (truth < 0)
+                return NULL;
+            zero = truth != 0;
+        } else if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
+            timeout = args[nargs + i];
+            if (!is_timeout(timeout))
+                return NULL;
+        } else {
+            return PyErr_Format(PyExc_TypeError, "alloc() got an unexpected keyword argument %R",
+                                name);
+        }
+    }
+    Py_ssize_t n = parse_nbytes(args[0]);
+    if (n < 0 || !box_usable(self->box))
+        return NULL;
+    PyObject *block = alloc_block(self, n, zero, &s);
+    return block != NULL || PyErr_Occurred() ? block : alloc_when_short(self, n, zero, timeout, s);
+}
+
+/* _alloc_once(nbytes, zero) -> Block, or the status as an int if memory is short. */
+static PyObject *heap_alloc_once(Heap *self, PyObject *args)
+{
+    Py_ssize_t n;
+    int zero;
+    enum sh_status s = SH_OK;
+    if (!PyArg_ParseTuple(args, "np:_alloc_once", &n, &zero) || !box_usable(self->box))
+        return NULL;
+    PyObject *block = alloc_block(self, n, zero, &s);
+    return block != NULL || PyErr_Occurred() ? block : PyLong_FromLong((long)s);
+}
+
+static PyObject *put_view(Heap *self, Py_buffer *view)
+{
+    enum sh_status s = SH_OK;
+    if (view->len == 0)
+        return PyErr_Format(PyExc_ValueError, "a block has at least 1 byte, not 0");
+    if (view->format != NULL && strchr(view->format, 'O') != NULL)
+        return PyErr_Format(PyExc_ValueError, "Python objects cannot be shared, only bytes");
+    PyObject *block = alloc_block(self, view->len, false, &s);
+    if (block == NULL && !PyErr_Occurred())
+        block = alloc_when_short(self, view->len, false, NULL, s);
+    if (block != NULL &&
+        PyBuffer_ToContiguous(((Block *)block)->ref.data, view, view->len, 'C') != 0)
+        Py_CLEAR(block);
+    return block;
+}
+
+static PyObject *heap_put(Heap *self, PyObject *data)
+{
+    Py_buffer view;
+    if (!box_usable(self->box) || PyObject_GetBuffer(data, &view, PyBUF_FULL_RO) != 0)
+        return NULL;
+    struct box *b = self->box;
+    box_enter(b);
+    PyObject *block = put_view(self, &view);
+    PyBuffer_Release(&view);
+    box_leave(b);
+    return block;
+}
+
+/* Leases */
+
+/* _adopt(offset, generation, cell, seq) -> Block */
+static PyObject *heap_adopt(Heap *self, PyObject *args)
+{
+    unsigned long long off, gen, cell;
+    unsigned int seq;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "KKKI:_adopt", &off, &gen, &cell, &seq) || !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    WAITING_FOR_ROOM(b, s, sh_adopt(&b->ctx, off, gen, cell, seq, SLICE_MS, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    block_discard(block);
+    return PyErr_Occurred() ? NULL : fail(b, s);
+}
+
+static PyObject *heap_drop_lease(Heap *self, PyObject *args)
+{
+    unsigned long long off, gen, cell;
+    unsigned int seq;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "KKKI:_drop_lease", &off, &gen, &cell, &seq) ||
+        !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    WAITING(b, s, sh_lease_drop(&b->ctx, off, gen, cell, seq, SLICE_MS));
+    while (s == SH_DEFERRED)
+        WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(s == SH_OK);
+}
+
+/* Roots. Names are UTF-8, checked by the caller. */
+
+static PyObject *heap_root_get(Heap *self, PyObject *args)
+{
+    const char *name;
+    Py_ssize_t len;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "y#:_root_get", &name, &len) || !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    WAITING_FOR_ROOM(b, s, sh_root_get(&b->ctx, name, (uint32_t)len, SLICE_MS, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    block_discard(block);
+    if (PyErr_Occurred())
+        return NULL;
+    return s == SH_ABSENT ? Py_NewRef(Py_None) : fail(b, s);
+}
+
+static PyObject *heap_root_set(Heap *self, PyObject *args)
+{
+    const char *name;
+    Py_ssize_t len;
+    Block *block;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "y#O!:_root_set", &name, &len, state->block_type, &block) ||
+        !box_usable(self->box) || !handle_usable(block))
+        return NULL;
+    struct box *b = self->box;
+    if (block->box->ctx.hdr->nonce != b->ctx.hdr->nonce)
+        return PyErr_Format(PyExc_ValueError,
+                            "the block belongs to another heap; copy it with heap.put()");
+    struct sh_ref ref =
+        block->ref; /* the block may be another Heap object's: as this one maps it */
+    ref.data += b->ctx.base - block->box->ctx.base;
+    ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
+    WAITING_FOR_ROOM(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
+    while (s == SH_DEFERRED)
+        WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    if (PyErr_Occurred())
+        return NULL;
+    return s == SH_OK ? Py_NewRef(Py_None) : fail(b, s);
+}
+
+static PyObject *heap_root_clear(Heap *self, PyObject *args)
+{
+    const char *name;
+    Py_ssize_t len;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "y#:_root_clear", &name, &len) || !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    WAITING(b, s, sh_root_clear(&b->ctx, name, (uint32_t)len, SLICE_MS));
+    while (s == SH_DEFERRED)
+        WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    if (PyErr_Occurred())
+        return NULL;
+    return s == SH_OK || s == SH_ABSENT ? PyBool_FromLong(s == SH_OK) : fail(b, s);
+}
+
+static PyObject *heap_root_names(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    char name[SH_ROOT_NAME_MAX];
+    uint32_t entry = 0, len = 0;
+    enum sh_status s = SH_OK;
+    if (!box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    PyObject *names = PyList_New(0);
+    box_enter(b);
+    while (names != NULL && s == SH_OK) {
+        WAITING(b, s, sh_root_name(&b->ctx, &entry, name, &len, SLICE_MS));
+        PyObject *one = s == SH_OK ? PyBytes_FromStringAndSize(name, (Py_ssize_t)len) : NULL;
+        if (one != NULL && PyList_Append(names, one) != 0)
+            Py_CLEAR(names);
+        Py_XDECREF(one);
+    }
+    box_leave(b);
+    if (PyErr_Occurred() || (s != SH_ABSENT && fail(b, s) == NULL))
+        Py_CLEAR(names);
+    return names;
+}
+
+/* Asking and waiting */
+
+static PyObject *heap_request(Heap *self, PyObject *args)
+{
+    int kind;
+    if (!PyArg_ParseTuple(args, "i:_request", &kind) || !box_usable(self->box))
+        return NULL;
+    if (kind < 0 || kind >= SH_NREQUESTS)
+        return PyErr_Format(PyExc_ValueError, "no such request: %d", kind);
+    uint32_t ticket = sh_request(&self->box->ctx, (enum sh_request)kind);
+    self->box->ctx.ring = true; /* also if a dead coordinator was told before */
+    return box_ring(self->box) == 0 ? PyLong_FromUnsignedLong(ticket) : NULL;
+}
+
+/* _await(kind, ticket, timeout_s or None) -> fields, or None when the time is up. */
+static PyObject *heap_await(Heap *self, PyObject *args)
+{
+    int kind;
+    unsigned int ticket;
+    double timeout;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "iId:_await", &kind, &ticket, &timeout) || !box_usable(self->box))
+        return NULL;
+    if (kind < 0 || kind >= SH_NREQUESTS)
+        return PyErr_Format(PyExc_ValueError, "no such request: %d", kind);
+    struct box *b = self->box;
+    uint64_t until =
+        timeout > 1e9 ? UINT64_MAX : sh_os_now_ns() + (uint64_t)(timeout > 0 ? timeout * 1e9 : 0);
+    for (uint32_t slice = 1;; slice++) {
+        WAITING(b, s, sh_await(&b->ctx, (enum sh_request)kind, ticket, SLICE_MS));
+        if (PyErr_CheckSignals() != 0)
+            return NULL;
+        if (!b->attached)
+            return fail(b, SH_CLOSED);
+        if (s != SH_TIMEOUT || sh_os_now_ns() >= until)
+            break;
+        b->ctx.ring = slice % SUCCESSION_SLICES == 0 && !sh_alive(&b->ctx, 0);
+        if (box_ring(b) != 0)
+            return NULL;
+    }
+    if (s == SH_CORRUPT)
+        return fail(b, s);
+    if (s != SH_OK)
+        Py_RETURN_NONE;
+    PyObject *fields = PyTuple_New(SH_REPORT_FIELDS);
+    for (uint32_t i = 0; fields != NULL && i < SH_REPORT_FIELDS; i++)
+        PyTuple_SetItem(
+            fields, (Py_ssize_t)i,
+            PyLong_FromUnsignedLongLong(atomic_load(&b->ctx.hdr->requests[kind].fields[i])));
+    return fields;
+}
+
+/* _freed() -> the counter to give to _wait_memory: read before trying to allocate again. */
+static PyObject *heap_freed(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? PyLong_FromUnsignedLong(atomic_load(&self->box->ctx.hdr->freed))
+                                 : NULL;
+}
+
+/* _waiting(begins) */
+static PyObject *heap_waiting(Heap *self, PyObject *args)
+{
+    int begins;
+    if (!PyArg_ParseTuple(args, "p:_waiting", &begins))
+        return NULL;
+    if (self->box != NULL && self->box->attached)
+        sh_waiting(&self->box->ctx, begins != 0);
+    Py_RETURN_NONE;
+}
+
+/* _wait_memory(seen) -> True: try again, False: refused. Sleeps at most one slice. */
+static PyObject *heap_wait_memory(Heap *self, PyObject *args)
+{
+    unsigned int seen;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "I:_wait_memory", &seen) || !box_usable(self->box))
+        return NULL;
+    struct box *b = self->box;
+    WAITING(b, s, sh_wait_memory(&b->ctx, seen, SLICE_MS));
+    if (PyErr_CheckSignals() != 0)
+        return NULL;
+    return PyBool_FromLong(s != SH_REFUSED);
+}
+
+static PyObject *heap_want(Heap *self, PyObject *args)
+{
+    unsigned int bits;
+    if (!PyArg_ParseTuple(args, "I:_want", &bits) || !box_usable(self->box))
+        return NULL;
+    sh_want(&self->box->ctx, bits);
+    self->box->ctx.ring = true;
+    return box_ring(self->box) == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+/* Looking and telling */
+
+static PyObject *heap_stats(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? stats_of(&self->box->ctx) : NULL;
+}
+
+static PyObject *heap_check(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? check_of(self->box) : NULL;
+}
+
+static PyObject *heap_holders(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? holders_of(&self->box->ctx) : NULL;
+}
+
+static PyObject *heap_coordinator_alive(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? PyBool_FromLong(sh_alive(&self->box->ctx, 0)) : NULL;
+}
+
+static PyObject *heap_mark_unlinked(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    if (!box_usable(self->box))
+        return NULL;
+    atomic_store(&self->box->ctx.hdr->unlinked, 1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *heap_fileno(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? PyLong_FromLong(self->box->ctx.fd) : NULL;
+}
+
+static PyObject *heap_keep(Heap *self, PyObject *args)
+{
+    int keep;
+    if (!PyArg_ParseTuple(args, "p:_keep", &keep) || !box_usable(self->box))
+        return NULL;
+    self->box->keep = keep != 0;
+    Py_RETURN_NONE;
+}
+
+/* _dump(): the arena belongs into this process's core dumps. */
+static PyObject *heap_dump(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    if (!box_usable(self->box))
+        return NULL;
+    sh_os_dumped(&self->box->ctx);
+    Py_RETURN_NONE;
+}
+
+static PyObject *header_number(struct box *b, uint64_t value)
+{
+    return b != NULL && b->attached ? PyLong_FromUnsignedLongLong(value) : fail(b, SH_CLOSED);
+}
+
+static PyObject *heap_get_capacity(Heap *self, void *unused)
+{
+    (void)unused;
+    return header_number(self->box, self->box ? self->box->ctx.geo.capacity : 0);
+}
+
+static PyObject *heap_get_nonce(Heap *self, void *unused)
+{
+    (void)unused;
+    bool there = self->box != NULL && self->box->attached;
+    return header_number(self->box, there ? self->box->ctx.hdr->nonce : 0);
+}
+
+static PyObject *heap_get_closed(Heap *self, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(self->box == NULL || self->box->closed);
+}
+
+/* The type */
+
+static PyMethodDef heap_methods[] = {
+    {"_attach", (PyCFunction)heap_attach, METH_VARARGS, NULL},
+    {"close", (PyCFunction)heap_close, METH_NOARGS,
+     "Leave the heap: this process drops what it holds. Exported buffers stay valid until "
+     "released.\n\n"
+     "Idempotent. Blocks of this Heap object cannot be used any more. Never unlinks."},
+    {"alloc", (PyCFunction)(void (*)(void))heap_alloc, METH_FASTCALL | METH_KEYWORDS,
+     "alloc($self, nbytes, /, *, zero=True, timeout=0)\n--\n\n"
+     "Return a new Block of nbytes bytes, which this process holds.\n\n"
+     "Args:\n"
+     "    nbytes: Size in bytes, at least 1.\n"
+     "    zero: Whether the bytes are zeroed; otherwise they are arbitrary.\n"
+     "    timeout: Seconds to wait for memory: 0 fails at once, None waits for ever.\n\n"
+     "Raises:\n"
+     "    HeapFull: No memory, and waiting did not help. Says which limit, who holds most, what to "
+     "do.\n"
+     "    ValueError: nbytes < 1, or the heap is closed.\n\n"
+     "Cost: about that of bytearray(nbytes) up to 64 KiB: no system call, no lock that another\n"
+     "process wants. Larger blocks take the heap lock, and pages not in memory are committed."},
+    {"put", (PyCFunction)heap_put, METH_O,
+     "put($self, data, /)\n--\n\nReturn a new Block with a copy of a bytes-like object's bytes.\n\n"
+     "Raises what alloc raises; ValueError for empty data."},
+    {"_alloc_once", (PyCFunction)heap_alloc_once, METH_VARARGS, NULL},
+    {"_adopt", (PyCFunction)heap_adopt, METH_VARARGS, NULL},
+    {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
+    {"_root_get", (PyCFunction)heap_root_get, METH_VARARGS, NULL},
+    {"_root_set", (PyCFunction)heap_root_set, METH_VARARGS, NULL},
+    {"_root_clear", (PyCFunction)heap_root_clear, METH_VARARGS, NULL},
+    {"_root_names", (PyCFunction)heap_root_names, METH_NOARGS, NULL},
+    {"_stats", (PyCFunction)heap_stats, METH_NOARGS, NULL},
+    {"_check", (PyCFunction)heap_check, METH_NOARGS, NULL},
+    {"_holders", (PyCFunction)heap_holders, METH_NOARGS, NULL},
+    {"_request", (PyCFunction)heap_request, METH_VARARGS, NULL},
+    {"_await", (PyCFunction)heap_await, METH_VARARGS, NULL},
+    {"_freed", (PyCFunction)heap_freed, METH_NOARGS, NULL},
+    {"_waiting", (PyCFunction)heap_waiting, METH_VARARGS, NULL},
+    {"_wait_memory", (PyCFunction)heap_wait_memory, METH_VARARGS, NULL},
+    {"_want", (PyCFunction)heap_want, METH_VARARGS, NULL},
+    {"_coordinator_alive", (PyCFunction)heap_coordinator_alive, METH_NOARGS, NULL},
+    {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
+    {"_dump", (PyCFunction)heap_dump, METH_NOARGS, NULL},
+    {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
+    {"_mark_unlinked", (PyCFunction)heap_mark_unlinked, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+
+PyGetSetDef heap_getset[] = {
+    {"capacity", (getter)heap_get_capacity, NULL, "Bytes that blocks can have together, at most.",
+     NULL},
+    {"nonce", (getter)heap_get_nonce, NULL, "Random number that names this arena for ever.", NULL},
+    {"closed", (getter)heap_get_closed, NULL, "Whether close() was called.", NULL},
+    {NULL, NULL, NULL, NULL, NULL}};
+
+PyMemberDef heap_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Heap, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL}};
+
+static PyType_Slot heap_slots[] = {
+    {Py_tp_doc, "A process's use of an arena; the base of shmheap.Heap."},
+    {Py_tp_new, heap_new},
+    {Py_tp_dealloc, heap_dealloc},
+    {Py_tp_methods, heap_methods},
+    {Py_tp_getset, heap_getset},
+    {Py_tp_members, heap_members},
+    {0, NULL}};
+
+PyType_Spec heap_spec = {"shmheap._core.HeapBase", sizeof(Heap), 0,
+                         Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, heap_slots};

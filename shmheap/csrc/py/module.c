@@ -1,0 +1,88 @@
+/* The module: types, constants and functions that shmheap._core has. */
+
+#include "py.h"
+
+static PyMethodDef module_methods[] = {{"format", core_format, METH_VARARGS, NULL},
+                                       {"read_config", core_read_config, METH_VARARGS, NULL},
+                                       {"spawn_detached", core_spawn_detached, METH_VARARGS, NULL},
+                                       {"after_fork", core_after_fork, METH_NOARGS, NULL},
+                                       {NULL, NULL, 0, NULL}};
+
+static int add_type(PyObject *m, PyType_Spec *spec, PyTypeObject **keep)
+{
+    PyObject *type = PyType_FromModuleAndSpec(m, spec, NULL);
+    if (type == NULL)
+        return -1;
+    if (keep != NULL)
+        *keep = (PyTypeObject *)Py_NewRef(type);
+    int rc = PyModule_AddType(m, (PyTypeObject *)type);
+    Py_DECREF(type);
+    return rc;
+}
+
+/* Numbers that Python uses, too: each stands in one place, a header of the core. */
+static const struct {
+    const char *name;
+    long value;
+} constants[] = {
+    {"LAYOUT_VERSION", SH_VERSION},
+    {"HEADER_BYTES", sizeof(struct sh_header)},
+    {"MAX_CONFIG_BYTES", SH_CONFIG_BYTES},
+    {"MAX_SMALL_BYTES", SH_MAX_SMALL},
+    {"MAX_ROOT_NAME_BYTES", SH_ROOT_NAME_MAX},
+    {"MAX_PROCESSES", SH_MAX_SLOTS - 1},
+    {"FULL", SH_FULL},
+    {"LIMIT", SH_LIMIT},
+    {"NOSPACE", SH_NOSPACE},
+};
+
+static int add_constants(PyObject *m)
+{
+    for (size_t i = 0; i < sizeof constants / sizeof constants[0]; i++)
+        if (PyModule_AddIntConstant(m, constants[i].name, constants[i].value) != 0)
+            return -1;
+    return 0;
+}
+
+static int module_exec(PyObject *m)
+{
+    if (state != NULL) {
+        PyErr_SetString(PyExc_ImportError,
+                        "shmheap._core can be loaded into one interpreter of a process");
+        return -1;
+    }
+    State *st = PyModule_GetState(m);
+    if (!load_errors(st) || add_type(m, &block_spec, &st->block_type) != 0 ||
+        add_type(m, &heap_spec, NULL) != 0 || add_type(m, &steward_spec, NULL) != 0 ||
+        add_type(m, &observer_spec, NULL) != 0 || add_constants(m) != 0)
+        return -1;
+    state = st;
+    if (fork_handlers())
+        return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+/* Py_mod_gil with Py_MOD_GIL_USED: names that headers of the stable ABI of 3.11 do not have. */
+#define MOD_GIL     4
+#define MOD_GIL_MIN 0x030d0000ul
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {MOD_GIL, NULL}, {0, NULL}};
+
+static struct PyModuleDef moduledef = {
+    PyModuleDef_HEAD_INIT,
+    "shmheap._core",
+    "The core of shmheap: whatever runs under a shared lock, "
+    "and whatever runs once per allocation. It takes no decision.",
+    sizeof(State),
+    module_methods,
+    module_slots,
+    NULL,
+    NULL,
+    NULL};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    if (Py_Version < MOD_GIL_MIN) /* which refuses a slot that it does not know */
+        module_slots[1] = (PyModuleDef_Slot){0, NULL};
+    return PyModuleDef_Init(&moduledef);
+}
