@@ -20,35 +20,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from shmheap import _core
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
 __all__ = ["Clock", "Slot", "SlotKey", "Steward", "Wakeup"]
 
 # State of a process slot.
-FREE: Final = 0
-LIVE: Final = 1
-DETACHED: Final = 2  # closed by its process; leases or exported buffers may remain
-DEAD: Final = 3  # being reaped
+FREE: Final = _core.SLOT_FREE
+LIVE: Final = _core.SLOT_LIVE
+DETACHED: Final = _core.SLOT_DETACHED  # by its process; leases or exported buffers may remain
+DEAD: Final = _core.SLOT_DEAD  # being reaped
 
 # Phase of a collection (DESIGN: block words are touched in all but IDLE).
-IDLE: Final = 0
-MARK: Final = 1
-FINAL: Final = 2
-SWEEP: Final = 3
+IDLE: Final = _core.PHASE_IDLE
+MARK: Final = _core.PHASE_MARK
+FINAL: Final = _core.PHASE_FINAL
+SWEEP: Final = _core.PHASE_SWEEP
 
 # What wakes the coordinator, a bit each. But for WANT_MEMORY they only ring: tickets, slots and
 # stats say what is to be done.
-WANT_GC: Final = 1 << 0
-WANT_SCAVENGE: Final = 1 << 1
-WANT_MEMORY: Final = 1 << 2  # somebody waits for memory, or met the limit
-WANT_REAP: Final = 1 << 3
-WANT_LEAVE: Final = 1 << 4
+WANT_GC: Final = _core.WANT_GC
+WANT_SCAVENGE: Final = _core.WANT_SCAVENGE
+WANT_MEMORY: Final = _core.WANT_MEMORY  # somebody waits for memory, or met the limit
+WANT_REAP: Final = _core.WANT_REAP
+WANT_LEAVE: Final = _core.WANT_LEAVE
 
 # What can be asked for by ticket.
-ASK_GC: Final = 0
-ASK_SCAVENGE_AGED: Final = 1
-ASK_SCAVENGE_ALL: Final = 2
+ASK_GC: Final = _core.ASK_GC
+ASK_SCAVENGE_AGED: Final = _core.ASK_SCAVENGE_AGED
+ASK_SCAVENGE_ALL: Final = _core.ASK_SCAVENGE_ALL
 ASKS: Final = (ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL)
 
 SlotKey = tuple[int, int]

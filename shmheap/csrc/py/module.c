@@ -34,6 +34,22 @@ static const struct {
     {"FULL", SH_FULL},
     {"LIMIT", SH_LIMIT},
     {"NOSPACE", SH_NOSPACE},
+    {"SLOT_FREE", SH_SLOT_FREE},
+    {"SLOT_LIVE", SH_SLOT_LIVE},
+    {"SLOT_DETACHED", SH_SLOT_DETACHED},
+    {"SLOT_DEAD", SH_SLOT_DEAD},
+    {"PHASE_IDLE", SH_IDLE},
+    {"PHASE_MARK", SH_MARK},
+    {"PHASE_FINAL", SH_FINAL},
+    {"PHASE_SWEEP", SH_SWEEP},
+    {"WANT_GC", SH_WANT_GC},
+    {"WANT_SCAVENGE", SH_WANT_SCAVENGE},
+    {"WANT_MEMORY", SH_WANT_MEMORY},
+    {"WANT_REAP", SH_WANT_REAP},
+    {"WANT_LEAVE", SH_WANT_LEAVE},
+    {"ASK_GC", SH_REQ_GC},
+    {"ASK_SCAVENGE_AGED", SH_REQ_SCAVENGE},
+    {"ASK_SCAVENGE_ALL", SH_REQ_SCAVENGE_ALL},
 };
 
 static int add_constants(PyObject *m)
