@@ -19,6 +19,7 @@ Freeing goes the same way back: drop the pin, count down, and whoever brings the
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import math
@@ -69,8 +70,8 @@ CELLS_BYTES = 8192
 """What a process takes at a time for its handles and leases: a page of the heap."""
 
 STARTING_S = 1.0
-"""How long a coordinator that was started may take until it is missed: an interpreter's start is a
-tenth of a second, more on a busy machine; every further one would take its time from the first."""
+"""How long this process waits for a start of its own to be over: of an interpreter, not of what it
+does then. Not for ever: it may have been forked in the middle of one."""
 
 _open_heaps: weakref.WeakValueDictionary[int, Heap] = weakref.WeakValueDictionary()
 """Every open heap of this process, by its id()."""
@@ -181,11 +182,17 @@ class Heap(HeapBase):
             heap._dump()
         bell.fd = heap._fileno()
         bell.serve(heap.nonce, heap._config)
-        bell.ring(heap._coordinator_alive())
-        if bell.problem is not None:
+        try:
+            if heap._coordinator_alive():
+                bell.ring(False)
+            elif heap._may_start():
+                bell.require_successor()
+        except CoordinatorLost:
+            heap._start_failed()
             heap._keep(True)  # it is as it was before
+            bell.fall_silent()
             heap.close()
-            raise CoordinatorLost(bell.problem)
+            raise
         bell.warns = True
         _open_heaps[id(heap)] = heap
         return heap
@@ -325,8 +332,8 @@ class Heap(HeapBase):
         if not seconds >= 0:
             raise ValueError(f"a timeout is a number of seconds from 0 on, or None: not {timeout}")
         ticket = self._request(kind)
-        if self._bell.problem is not None:
-            raise CoordinatorLost(self._bell.problem)
+        if not self._coordinator_alive():
+            self._bell.require_successor()
         fields = self._await(kind, ticket, seconds)
         if fields is None:
             raise CoordinatorLost(
@@ -406,62 +413,94 @@ class _Bell:
         """The arena's, as long as this process uses it: an unlinked heap has no other name."""
         self._semaphore: posix_ipc.Semaphore | None = None
         self._serving: tuple[int, Config] | None = None
-        self._started = -1, 0.0
-        """Who was coordinator before the one that we started last, and when that was."""
+        self._starting: _thread.LockType | None = None
+        """Released once the successor that this process started last runs, or could not be run."""
         self.problem: str | None = None
         """Why none could be started when that was last tried. Whoever needs no answer goes on."""
+        self._told: str | None = None
+        """The problem of which the program was warned; once for several in a row."""
         self.warns = False
 
     def serve(self, nonce: int, config: Config) -> None:
         """Say whose bell it is: known only once the arena is mapped."""
         self._serving = nonce, config
 
-    def ring(self, alive: bool, over: bool = False) -> None:
+    def fall_silent(self) -> None:
+        """Ring no more, nor start anybody."""
+        self._serving = None
+
+    def ring(self, starts: bool, waits: bool = False, over: bool = False) -> None:
         """Wake the coordinator.
 
         Args:
-            alive: Whether its lock says that there is one.
+            starts: There is none, and of all who found that out it is us to start a successor.
+            waits: Return only once it runs: this process may end now. Else nobody waits for it.
             over: The heap is closed for ever, by us: remove its names, should the coordinator not.
         """
         if self._serving is None:
             return
         nonce, config = self._serving
-        if alive:
-            self.problem = None
+        if starts:
+            self._start(config, waits)
+        elif waits:
+            self.settle()
+        self._tell()
+        if not starts:
+            self._starting = self.problem = None
             self._release(arena.bell_name(nonce))
-        elif not over:
-            self._start(nonce, config)
         if over:
             arena.remove(self._path, self._file, nonce)
 
-    def _start(self, nonce: int, config: Config) -> None:
-        """Start a successor, which looks at everything then; not while one is still starting."""
-        alive, last = self._coordinator()
-        if alive:
-            self._release(arena.bell_name(nonce))
-            return
-        now = time.monotonic()
-        if last == self._started[0] and now < self._started[1] + STARTING_S:
-            return
-        from shmheap.coordinator.process import ensure_running
+    def require_successor(self) -> None:
+        """Return once this process has started a successor, whoever else does so at this moment.
 
-        self._started = last, now
-        try:
-            ensure_running(self._name(), config)
-        except CoordinatorLost as error:
-            told, self.problem = self.problem is not None, str(error)
-            if self.warns and not told:
-                warnings.warn(self.problem, RuntimeWarning, stacklevel=3)
-        else:
-            self.problem = None
+        Raises CoordinatorLost if none can be started.
+        """
+        if self._serving is not None and self._starting is None:
+            self._start(self._serving[1], True)
+        self.settle()
+        if self.problem is not None:
+            raise CoordinatorLost(self.problem)
 
-    def _coordinator(self) -> tuple[bool, int]:
-        """Whether there is one, and the pid of the last that was, 0 before the first."""
+    def _start(self, config: Config, waits: bool) -> None:
+        """Start a successor, which looks at everything then.
+
+        In a thread: until it runs, the kernel may have to give four others their turn.
+        """
+        from shmheap.coordinator import process  # here: forked while it is imported is for ever
+
+        done = _thread.allocate_lock()
+        done.acquire()
+
+        def start() -> None:
+            try:
+                process.ensure_running(self._name(), config)
+            except CoordinatorLost as error:
+                self.problem = str(error)
+            else:
+                self.problem = None
+            finally:
+                done.release()
+
+        self._starting = done
+        if waits:
+            start()
+            return
         try:
-            seen = _core.Observer(self.fd).header()
-        except (OSError, UntrustedArena):  # a daemonizer has closed our descriptor
-            return False, 0
-        return seen["coordinator_alive"], seen["coordinator_pid"]
+            _thread.start_new_thread(start, ())
+        except RuntimeError:  # no more threads
+            start()
+
+    def _tell(self) -> None:
+        problem, told = self.problem, self._told
+        self._told = problem
+        if self.warns and problem is not None and told is None:
+            warnings.warn(problem, RuntimeWarning, stacklevel=3)
+
+    def settle(self) -> None:
+        """Return once the last start by this process is over."""
+        if self._starting is not None and self._starting.acquire(timeout=STARTING_S):
+            self._starting.release()
 
     def _name(self) -> str:
         """What a successor opens."""

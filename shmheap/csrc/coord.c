@@ -275,6 +275,7 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
     c->recount_blocks = c->recount_units = c->recount_leases = true;
     atomic_store(&c->hdr->borrowed_pages, 0);
+    atomic_store(&c->hdr->started_ms, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (!is_unfinished(c, page, span))
             continue;

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -240,46 +241,72 @@ void sh_os_nap(long ns)
     nanosleep(&t, NULL);
 }
 
-/* The grandchild: a session of its own that it does not lead, no terminal, no inherited
- * descriptors. Only async-signal-safe calls: other threads of the parent may hold any lock. */
-static void run_detached(char *const argv[], const char *log_path, volatile int *error)
+struct program {
+    char *const *argv;
+    const char *log_path; /* for stderr; NULL: nowhere */
+    volatile int error;   /* errno, with SH_LOG_FAILED if it was the log */
+};
+
+/* Signals do to it what they do to a program that nobody has prepared. */
+static void forget_signals(void)
+{
+    sigset_t none;
+    for (int n = 1; n < NSIG; n++)
+        signal(n, SIG_DFL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* The grandchild: no terminal, no inherited descriptors. Only async-signal-safe calls: other
+ * threads of the parent may hold any lock. */
+static void run_program(struct program *p)
 {
     int null = open("/dev/null", O_RDWR);
-    int log = log_path ? open(log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : null;
+    int log =
+        p->log_path ? open(p->log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : null;
     if (log >= 0) {
         dup2(null, 0);
         dup2(null, 1);
         dup2(log, 2);
-        sigset_t none; /* who starts it may have blocked the signal that is to end it */
-        sigemptyset(&none);
-        sigprocmask(SIG_SETMASK, &none, NULL);
+        forget_signals();
         syscall(SYS_close_range, 3u, ~0u, 0u);
-        execv(argv[0], argv);
+        execv(p->argv[0], p->argv);
     }
-    *error = (log < 0 ? SH_LOG_FAILED : 0) | (errno & ~SH_LOG_FAILED);
+    p->error = (log < 0 ? SH_LOG_FAILED : 0) | (errno & ~SH_LOG_FAILED);
     _exit(127);
 }
 
+/* The child: makes a session that the grandchild does not lead, and is gone when that runs. */
+static int stand_between(void *program)
+{
+    setsid();
+    pid_t grandchild = vfork();
+    if (grandchild == 0)
+        run_program(program);
+    if (grandchild < 0)
+        ((struct program *)program)->error = errno;
+    _exit(0);
+}
+
+#define CHILD_STACK_BYTES 65536
+
 /* Returns when the program has been started, or could not be: 0 or errno, with SH_LOG_FAILED if it
- * was the log that could not be opened. */
+ * was the log that could not be opened. Both children run in our memory, which costs the same
+ * however much of it there is, while this thread waits. Other threads go on. Nobody's fork handlers
+ * run, and no SIGCHLD says that the first one has ended. */
 int sh_os_spawn_detached(char *const argv[], const char *log_path)
 {
-    pid_t child = _Fork(); /* runs nobody's fork handlers: it takes nothing along */
-    if (child < 0)
-        return errno;
-    if (child == 0) {
-        setsid();
-        volatile int error = 0;
-        pid_t grandchild = vfork(); /* it has our memory, and we wait until it runs the program */
-        if (grandchild == 0)
-            run_detached(argv, log_path, &error);
-        _exit(grandchild < 0 ? EAGAIN : error);
+    struct program program = {.argv = argv, .log_path = log_path};
+    _Alignas(16) char stack[CHILD_STACK_BYTES];
+    sigset_t all, before;
+    sigfillset(&all); /* a handler of ours must not run in a child */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t child = clone(stand_between, stack + sizeof stack, CLONE_VM | CLONE_VFORK, &program);
+    int error = errno;
+    while (child > 0 && waitpid(child, NULL, __WCLONE) < 0 && errno == EINTR) {
     }
-    int status;
-    while (waitpid(child, &status, 0) < 0)
-        if (errno != EINTR)
-            return errno == ECHILD ? 0 : errno; /* SIGCHLD ignored: the kernel reaped it */
-    return WIFEXITED(status) ? WEXITSTATUS(status) : EAGAIN;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return child < 0 ? error : program.error;
 }
 
 #ifdef SH_CRASH_POINTS

@@ -199,6 +199,8 @@ enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
 enum sh_status sh_inspect(struct sh_ctx *, int fd, sh_report *, void *arg); /* inspect.c */
 
 /* Asking the coordinator */
+bool sh_may_start(struct sh_ctx *);
+void sh_start_failed(struct sh_ctx *);
 uint32_t sh_request(struct sh_ctx *, enum sh_request);
 enum sh_status sh_await(struct sh_ctx *, enum sh_request, uint32_t ticket, int wait_ms);
 void sh_want(struct sh_ctx *, uint32_t bits);

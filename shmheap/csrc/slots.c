@@ -154,6 +154,24 @@ uint32_t sh_request(struct sh_ctx *c, enum sh_request kind)
     return ticket;
 }
 
+#define STARTING_MS 1000u /* an interpreter's start is 100 ms, more on a busy machine */
+
+/* Whether it is ours to start a successor. Of all who find that there is none, one does it: ten
+ * interpreters that start at once take the time from each other, and from everybody else. Should
+ * nobody have come of it, it is somebody's turn again. */
+bool sh_may_start(struct sh_ctx *c)
+{
+    uint64_t now = sh_os_now_ns() / 1000000u, last = atomic_load(&c->hdr->started_ms);
+    return (last == 0 || now - last >= STARTING_MS) &&
+           atomic_compare_exchange_strong(&c->hdr->started_ms, &last, now);
+}
+
+/* Then the next one need not wait. */
+void sh_start_failed(struct sh_ctx *c)
+{
+    atomic_store(&c->hdr->started_ms, 0);
+}
+
 enum sh_status sh_await(struct sh_ctx *c, enum sh_request kind, uint32_t ticket, int wait_ms)
 {
     _Atomic uint32_t *done = &c->hdr->requests[kind].done;

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,8 +139,10 @@ def test_whoever_found_it_dead_and_could_start_none_was_told_nothing(
         pid = coordinator(heap)
         python.unlink()
         kill(pid)
+        block = heap.alloc(100_000)
+        heap._bell.settle()
         with pytest.warns(RuntimeWarning, match=re.escape(str(python))):
-            block = heap.alloc(100_000)
+            heap._bell.ring(starts=False, waits=True)
         with pytest.raises(CoordinatorLost, match=re.escape(str(python))):
             heap.gc(timeout=None)
         block.free()
@@ -204,6 +207,7 @@ def test_whoever_finds_it_dead_starts_a_successor(
     kill(first)
     assert started == []
     use(heap)
+    heap._bell.settle()
     assert started == [heap._path]
     assert coordinator(heap) != first
     assert bytes(block) == b"abc"
@@ -211,18 +215,46 @@ def test_whoever_finds_it_dead_starts_a_successor(
     assert_whole(heap)
 
 
-def test_a_heap_in_a_hurry_starts_one(heap_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes pages finds no coordinator while the first one is still starting."""
+def test_of_all_who_find_none_one_starts_one(heap: Heap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start takes an interpreter's time, and all go on finding none until it is over."""
     started: list[str] = []
-    monkeypatch.setattr(shmheap.heap, "STARTING_S", PATIENCE_S)
+    others = [Heap.attach(heap.name) for _ in range(5)]
+    first = coordinator(heap)
     monkeypatch.setattr(process, "ensure_running", lambda path, _: started.append(path))
-    with Heap.create(heap_name, capacity=64 * MIB) as heap:
-        blocks = [heap.alloc(300_000) for _ in range(100)]
-        assert started == [heap._path]
-        monkeypatch.undo()
-        monkeypatch.setattr(shmheap.heap, "STARTING_S", 0.0)
-        coordinator(heap)
-        del blocks
+    kill(first)
+    for user in (heap, *others):
+        user._held = [user.alloc(300_000) for _ in range(20)]  # type: ignore[attr-defined]
+        user._bell.settle()
+    late = Heap.attach(heap.name)
+    assert started == [heap._path]
+    for user in (late, *others):
+        user.close()
+    monkeypatch.undo()
+    assert not heap._may_start()  # it is being started, as far as one can know
+    heap._start_failed()
+    heap._want(0)
+    assert coordinator(heap) != first
+    assert heap._may_start()  # should that one die, too
+
+
+def test_who_allocated_waited_until_a_successor_ran(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_running = process.ensure_running
+    may_run = threading.Event()
+
+    def start(path: str, config: Config) -> None:
+        assert may_run.wait(PATIENCE_S)
+        ensure_running(path, config)
+
+    monkeypatch.setattr(process, "ensure_running", start)
+    first = coordinator(heap)
+    kill(first)
+    blocks = [heap.alloc(300_000) for _ in range(20)]  # returns though nobody runs
+    assert not heap._coordinator_alive()
+    may_run.set()
+    heap.gc()  # waits, as does a close
+    del blocks
 
 
 def test_the_heap_goes_on_while_there_is_none(heap: Heap, monkeypatch: pytest.MonkeyPatch) -> None:

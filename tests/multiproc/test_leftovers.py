@@ -168,9 +168,9 @@ def test_a_heap_that_is_being_made_stays(folder: str, heap_name: str) -> None:
 def test_a_handle_on_its_way_keeps_a_stale_heap(folder: str, heap_name: str) -> None:
     left = killed(folder, heap_name, "send")
     assert shmheap("rm", "--stale", "--directory", folder)["removed"] == []
-    block = pickle.loads(bytes.fromhex(left.handle))
-    assert bytes(block) == bytes([2]) * 10_000
     with Heap.attach(heap_name, directory=folder) as heap:
+        block = pickle.loads(bytes.fromhex(left.handle))
+        assert bytes(block) == bytes([2]) * 10_000
         heap.gc()
         heap.check()
         del block

@@ -280,8 +280,8 @@ def test_an_error_that_a_handler_raised_in_the_bell_was_lost(
 ) -> None:
     ring = heap_module._Bell.ring
 
-    def interrupted_ring(bell: heap_module._Bell, alive: bool, over: bool = False) -> None:
-        ring(bell, alive, over)
+    def interrupted_ring(bell: heap_module._Bell, *how: bool) -> None:
+        ring(bell, *how)
         signal.raise_signal(signal.SIGUSR1)
 
     def handle(_number: int, _frame: FrameType | None) -> None:
@@ -373,7 +373,7 @@ def test_a_ring_that_a_handler_cut_short_was_not_made_up_for(
     rung: list[str] = []
     cut_short = False
 
-    def ring(_bell: heap_module._Bell, _alive: bool, _over: bool = False) -> None:
+    def ring(_bell: heap_module._Bell, *_how: bool) -> None:
         if cut_short:
             raise InterruptedHereError
         rung.append("rung")

@@ -11,7 +11,7 @@ killed ones too, the controller
 
 A doorbell is named after its arena's nonce, not after its heap. Once this run's arenas are gone, a
 doorbell made since the run began belongs to nobody if no arena has its nonce and no process has it
-mapped. Two runs at a time cannot tell whose it was, so each of them takes it for its own.
+mapped, and that lasts. Two runs at a time cannot tell whose it was, so each takes it for its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,9 @@ HEADER_BYTES = 4096
 TERMINATE_S = 5.0
 ROUNDS = 3
 """A process that was just starting when the first list was taken is on the second."""
+LOOKS = 20
+LOOK_S = 0.1
+"""How often, and how far apart, one looks again at what seems to be left by nobody."""
 
 Inode = tuple[int, int]
 """Device and inode: what names a file in every process's maps, also when its name is gone."""
@@ -155,6 +159,15 @@ def orphans(since: frozenset[Path]) -> list[Path]:
     ]
 
 
+def lasting_orphans(since: frozenset[Path]) -> list[Path]:
+    """Those that stay: another run's are about to be named, mapped or removed."""
+    found = orphans(since)
+    for _ in range(LOOKS if found else 0):
+        time.sleep(LOOK_S)
+        found = [bell for bell in orphans(since) if bell in found]
+    return found
+
+
 def header(arena: Path) -> bytes:
     """The first bytes of an arena; nothing if it is gone."""
     try:
@@ -188,7 +201,7 @@ class LeakGuard:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self._left = end_processes(self._run_id, self._leave_s)
         self._left += remove(arenas(self._run_id))
-        self._left += remove(orphans(self._doorbells))
+        self._left += remove(lasting_orphans(self._doorbells))
         if self._left and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

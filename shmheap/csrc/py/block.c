@@ -22,7 +22,7 @@ static void block_release(Block *self, struct box *b)
             box_settle(b);
     }
     if (__builtin_expect(b->ctx.ring, 0))
-        box_ring_quietly(b, false);
+        box_ring_quietly(b);
 }
 
 static void block_dealloc(Block *self)

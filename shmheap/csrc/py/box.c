@@ -32,11 +32,16 @@ static void box_leave_list(struct box *b)
 
 /* The doorbell */
 
-/* bell(alive, over): is there a coordinator, and is the heap closed for ever? */
-static int call_bell(struct box *b, bool over)
+/* bell(starts, leaves, over): is there no coordinator, and we are to start one; is this our last
+ * use of the heap; is it closed for ever? */
+static int call_bell(struct box *b, bool leaves, bool over)
 {
-    PyObject *alive = sh_alive(&b->ctx, 0) ? Py_True : Py_False;
-    PyObject *done = PyObject_CallFunctionObjArgs(b->bell, alive, over ? Py_True : Py_False, NULL);
+    bool alive = sh_alive(&b->ctx, 0);
+    bool starts = !alive && !over && sh_may_start(&b->ctx);
+    if (!alive && !starts && !leaves)
+        return 0; /* somebody is starting one, and it looks at everything then */
+    PyObject *done = PyObject_CallFunction(b->bell, "NNN", PyBool_FromLong(starts),
+                                           PyBool_FromLong(leaves), PyBool_FromLong(over));
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }
@@ -61,7 +66,7 @@ int box_ring(struct box *b)
     if (__builtin_expect(!b->ctx.ring, 1) || b->bell == NULL)
         return 0;
     b->ctx.ring = false;
-    if (call_bell(b, false) == 0)
+    if (call_bell(b, false, false) == 0)
         return 0;
     b->ctx.ring = is_a_handlers(); /* it came in between: the next call rings again */
     return -1;
@@ -91,19 +96,25 @@ static void raise_later(void)
         Py_XDECREF(value);
 }
 
-/* The same where nobody could be told of an error. */
-void box_ring_quietly(struct box *b, bool over)
+static void call_bell_quietly(struct box *b, bool leaves, bool over)
 {
     PyObject *type, *value, *trace;
-    if ((!b->ctx.ring && !over) || b->bell == NULL)
+    if (b->bell == NULL)
         return;
     b->ctx.ring = false;
     PyErr_Fetch(&type, &value, &trace);
-    if (call_bell(b, over) != 0) {
+    if (call_bell(b, leaves, over) != 0) {
         b->ctx.ring = is_a_handlers();
         raise_later();
     }
     PyErr_Restore(type, value, trace);
+}
+
+/* The same as box_ring where nobody could be told of an error. */
+void box_ring_quietly(struct box *b)
+{
+    if (b->ctx.ring)
+        call_bell_quietly(b, false, false);
 }
 
 /* From the first use to the last */
@@ -144,8 +155,7 @@ void box_settle(struct box *b)
             Py_BEGIN_ALLOW_THREADS
                 over = sh_detach(&b->ctx, b->keep);
             Py_END_ALLOW_THREADS
-            b->ctx.ring = true; /* who leaves looks whether there is a coordinator (I-9) */
-            box_ring_quietly(b, over);
+            call_bell_quietly(b, true, over); /* there may be no coordinator (I-9) */
         }
         sh_unmap(&b->ctx);
     }

@@ -76,7 +76,7 @@ PyObject *core_after_fork(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
     for (struct box *b; (b = box_to_tell()) != NULL; box_drop(b)) {
-        box_ring_quietly(b, false);
+        box_ring_quietly(b);
         box_settle(b);
     }
     Py_RETURN_NONE;

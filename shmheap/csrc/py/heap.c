@@ -38,10 +38,11 @@ static PyObject *heap_attach(Heap *self, PyObject *args)
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
     }
     b->bell = Py_NewRef(bell);
-    b->keep = true; /* until we know */
+    b->ctx.ring = false; /* Python does, when the bell is ready */
+    b->keep = true;      /* until we know */
     box_enter_list(b);
     self->box = b;
-    return box_ring(b) == 0 ? Py_NewRef(Py_True) : NULL;
+    Py_RETURN_TRUE;
 }
 
 void heap_dealloc(Heap *self)
@@ -458,6 +459,22 @@ static PyObject *heap_coordinator_alive(Heap *self, PyObject *unused)
     return box_usable(self->box) ? PyBool_FromLong(sh_alive(&self->box->ctx, 0)) : NULL;
 }
 
+/* _may_start() -> whether it is ours to start a coordinator, of all who find that there is none */
+static PyObject *heap_may_start(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? PyBool_FromLong(sh_may_start(&self->box->ctx)) : NULL;
+}
+
+static PyObject *heap_start_failed(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    if (!box_usable(self->box))
+        return NULL;
+    sh_start_failed(&self->box->ctx);
+    Py_RETURN_NONE;
+}
+
 static PyObject *heap_mark_unlinked(Heap *self, PyObject *unused)
 {
     (void)unused;
@@ -557,6 +574,8 @@ static PyMethodDef heap_methods[] = {
     {"_wait_memory", (PyCFunction)heap_wait_memory, METH_VARARGS, NULL},
     {"_want", (PyCFunction)heap_want, METH_VARARGS, NULL},
     {"_coordinator_alive", (PyCFunction)heap_coordinator_alive, METH_NOARGS, NULL},
+    {"_may_start", (PyCFunction)heap_may_start, METH_NOARGS, NULL},
+    {"_start_failed", (PyCFunction)heap_start_failed, METH_NOARGS, NULL},
     {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
     {"_dump", (PyCFunction)heap_dump, METH_NOARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},

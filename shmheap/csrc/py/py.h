@@ -79,7 +79,7 @@ bool box_can_settle(const struct box *);
 void box_settle(struct box *);
 void box_free(struct box *);
 int box_ring(struct box *);
-void box_ring_quietly(struct box *, bool over);
+void box_ring_quietly(struct box *);
 bool box_make_room(struct box *, enum sh_status, bool *asked);
 
 static inline void box_drop(struct box *b)
@@ -130,7 +130,7 @@ static inline void box_leave(struct box *b)
             if (s != SH_BUSY && s != SH_AGAIN) \
                 break;                         \
             if (s == SH_AGAIN)                 \
-                box_ring_quietly(b, false);    \
+                box_ring_quietly(b);           \
             if (PyErr_CheckSignals() != 0) {   \
                 s = SH_REFUSED;                \
                 break;                         \
