@@ -2,8 +2,7 @@
  * The border: what the files of this folder share, the only ones that know Python. Types:
  *
  *     HeapBase   a process's use of an arena (base of shmheap.Heap)      Block     a handle
- *     Steward    the coordinator's hold on an arena                      Observer  a look from
- * outside
+ *     Steward    the coordinator's hold on an arena                      Observer  from outside
  *
  * Nobody waits for a shared lock with the GIL: what cannot be had at once is done without it, in
  * slices between which signals are served. What runs once per allocation is inline here.
