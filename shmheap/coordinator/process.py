@@ -59,7 +59,8 @@ def ensure_running(heap: str, config: Config) -> None:
         heap: name or path of the arena's file.
         config: the heap's, for the interpreter and the log.
 
-    Returns at once: nobody needs to wait for the coordinator. Costs two forks.
+    Returns when the interpreter runs, which takes two turns of the scheduler; not when it has
+    become the coordinator.
 
     Raises CoordinatorLost if the interpreter cannot be run, or the log not be opened.
     """
