@@ -119,7 +119,7 @@ class Heap(HeapBase):
             HeapFull: The file system has not even room for a heap's tables.
             ValueError: No heap can have that name or capacity.
 
-        Cost: some 20 system calls, and the start of the coordinator: 2 ms where the machine is idle.
+        Cost: some 20 system calls, and the start of the coordinator: 2 ms on an idle machine.
         """
         config = config or Config()
         name = arena.random_name() if name is None else arena.check_name(name)

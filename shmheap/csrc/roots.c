@@ -114,6 +114,11 @@ static void remove_entry(struct sh_ctx *c, uint64_t *link, uint64_t entry)
     sh_set(c, l, &c->hdr->roots_free, entry);
 }
 
+static uint64_t cell_of(const struct sh_ctx *c, const struct sh_ref *ref)
+{
+    return SH_PIN_CELL(sh_word_number(c, ref->word), ref->gen);
+}
+
 /* Rule 7 for a cell that only holders of the roots lock write: new is counted already; touch the
  * old one, put the new one in its place, and only then count the old one down. */
 static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
@@ -133,12 +138,15 @@ static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
         sh_block_freed(c, &old);
 }
 
+/* SH_CHANGED: the name stands for something already, and must not. */
 static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t len,
-                                 const struct sh_ref *ref)
+                                 const struct sh_ref *ref, bool must_be_new)
 {
     uint32_t hash = hash_of(name, len);
     uint64_t entry, *link;
     enum sh_status status = find_link(c, name, len, hash, &link, &entry);
+    if (status == SH_OK && must_be_new && entry != SH_NIL && atomic_load(&root_at(c, entry)->cell))
+        return SH_CHANGED;
     if (status == SH_OK && entry == SH_NIL)
         status =
             add_entry(c, &c->hdr->root_buckets[hash % SH_ROOT_BUCKETS], name, len, hash, &entry);
@@ -147,19 +155,18 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
     SH_CRASH("root:entered");
     if (!sh_count_up(ref->word, ref->gen, atomic_load_explicit(&c->slot->phase, RLX)))
         return SH_STALE;
-    replace_cell(c, root_at(c, entry), SH_PIN_CELL(sh_word_number(c, ref->word), ref->gen));
+    replace_cell(c, root_at(c, entry), cell_of(c, ref));
     return SH_OK;
 }
 
-/* The name stands for the block from now on. Atomic: others see the old block or the new one. */
-enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len,
-                           const struct sh_ref *ref, int wait_ms)
+static enum sh_status set_or_add(struct sh_ctx *c, const char *name, uint32_t len,
+                                 const struct sh_ref *ref, bool must_be_new, int wait_ms)
 {
     for (;;) {
         enum sh_status status = lock_both(c, wait_ms);
         if (status != SH_OK)
             return status;
-        status = set_locked(c, name, len, ref);
+        status = set_locked(c, name, len, ref, must_be_new);
         uint64_t used = c->hdr->roots_used;
         unlock_both(c);
         if (status == SH_OK)
@@ -175,24 +182,46 @@ enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len,
     }
 }
 
-/* The name stands for nothing from now on. SH_ABSENT: it did not before. */
-enum sh_status sh_root_clear(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms)
+/* The name stands for the block from now on. Atomic: others see the old block or the new one. */
+enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len,
+                           const struct sh_ref *ref, int wait_ms)
+{
+    return set_or_add(c, name, len, ref, false, wait_ms);
+}
+
+/* The same unless it stands for something already: SH_CHANGED. */
+enum sh_status sh_root_add(struct sh_ctx *c, const char *name, uint32_t len,
+                           const struct sh_ref *ref, int wait_ms)
+{
+    return set_or_add(c, name, len, ref, true, wait_ms);
+}
+
+/* The name stands for nothing from now on. SH_ABSENT: it did not before, or, where only one block
+ * is meant, not for that. */
+enum sh_status sh_root_clear_of(struct sh_ctx *c, const char *name, uint32_t len,
+                                const struct sh_ref *only, int wait_ms)
 {
     enum sh_status status = lock_both(c, wait_ms);
     if (status != SH_OK)
         return status;
     uint64_t *link, entry;
     status = find_link(c, name, len, hash_of(name, len), &link, &entry);
-    if (status == SH_OK && entry == SH_NIL) {
+    uint64_t cell = status == SH_OK && entry != SH_NIL ? atomic_load(&root_at(c, entry)->cell) : 0;
+    if (status == SH_OK && (entry == SH_NIL || (only != NULL && cell != cell_of(c, only)))) {
         status = SH_ABSENT;
     } else if (status == SH_OK) {
-        if (atomic_load(&root_at(c, entry)->cell) == 0)
+        if (cell == 0)
             status = SH_ABSENT;
         replace_cell(c, root_at(c, entry), 0);
         remove_entry(c, link, entry);
     }
     unlock_both(c);
     return status == SH_OK ? sh_after_free(c) : status;
+}
+
+enum sh_status sh_root_clear(struct sh_ctx *c, const char *name, uint32_t len, int wait_ms)
+{
+    return sh_root_clear_of(c, name, len, NULL, wait_ms);
 }
 
 /* Pins the block that the name stands for. */

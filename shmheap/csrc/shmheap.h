@@ -166,7 +166,11 @@ enum sh_status sh_root_get(struct sh_ctx *, const char *name, uint32_t len, int 
                            struct sh_ref *);
 enum sh_status sh_root_set(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *,
                            int wait_ms);
+enum sh_status sh_root_add(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *,
+                           int wait_ms);
 enum sh_status sh_root_clear(struct sh_ctx *, const char *name, uint32_t len, int wait_ms);
+enum sh_status sh_root_clear_of(struct sh_ctx *, const char *name, uint32_t len,
+                                const struct sh_ref *only, int wait_ms);
 enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
                             uint32_t *len, int wait_ms);
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 import pytest
 from by_hand import HeapByHand
@@ -166,6 +166,69 @@ def test_pop_of_a_name_that_another_process_deletes_meanwhile_is_the_default(
     with pytest.raises(KeyError, match="a"):
         heap.roots.pop("a")
     assert heap.roots.pop("a", default=block) is block
+
+
+class Meanwhile:
+    """Does what another process does, once, between two steps of an operation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, deed: Callable[[], object]):
+        original = getattr(Heap, method)
+        self.done = 0
+
+        def and_then(heap: Heap, *args: object) -> object:
+            found = original(heap, *args)
+            if self.done == 0:
+                self.done = 1
+                deed()
+            return found
+
+        monkeypatch.setattr(Heap, method, and_then)
+
+
+def test_pop_deleted_what_another_had_set_meanwhile(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = heap.put(b"first"), heap.put(b"second")
+    heap.roots["a"] = first
+    meanwhile = Meanwhile(monkeypatch, "_root_get", lambda: heap._root_set(b"a", second))
+    assert heap.roots.pop("a") == second
+    assert meanwhile.done == 1
+    assert "a" not in heap.roots
+
+
+def test_setdefault_replaced_what_another_had_set_meanwhile(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = heap.put(b"ours"), heap.put(b"theirs")
+    meanwhile = Meanwhile(monkeypatch, "_root_get", lambda: heap._root_set(b"a", theirs))
+    assert heap.roots.setdefault("a", ours) == theirs
+    assert meanwhile.done == 1
+    assert heap.roots["a"] == theirs
+    assert heap.roots.setdefault("b", ours) is ours
+    with pytest.raises(TypeError, match="NoneType"):
+        heap.roots.setdefault("c")
+    heap.roots.clear()
+
+
+def test_items_and_popitem_raised_for_what_another_had_deleted_meanwhile(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        heap.roots[name] = heap.put(name.encode())
+    with monkeypatch.context() as patch:
+        meanwhile = Meanwhile(patch, "_root_names", lambda: heap._root_clear(b"b"))
+        assert {name: bytes(block) for name, block in heap.roots.items()} == {"a": b"a", "c": b"c"}
+        assert meanwhile.done == 1
+    with monkeypatch.context() as patch:
+        Meanwhile(patch, "_root_names", lambda: heap._root_clear(b"a"))
+        assert [bytes(block) for block in heap.roots.values()] == [b"c"]
+    with monkeypatch.context() as patch:
+        Meanwhile(patch, "_root_names", lambda: heap._root_clear(b"c"))
+        with pytest.raises(KeyError, match="no roots"):
+            heap.roots.popitem()
+    heap.roots["d"] = block = heap.put(b"d")
+    assert heap.roots.popitem() == ("d", block)
+    assert len(heap.roots) == 0
 
 
 def test_a_root_can_be_pickled_on(hand: HeapByHand) -> None:

@@ -273,40 +273,58 @@ static PyObject *heap_root_get(Heap *self, PyObject *args)
     return s == SH_ABSENT ? Py_NewRef(Py_None) : fail(b, s);
 }
 
+/* The block may be another Heap object's of the same arena: as this one maps it. */
+static bool ref_here(struct box *b, const Block *block, struct sh_ref *ref)
+{
+    ptrdiff_t shift = b->ctx.base - block->box->ctx.base;
+    *ref = block->ref;
+    ref->data += shift;
+    ref->word = (void *)((uint8_t *)ref->word + shift);
+    return block->box->ctx.hdr->nonce == b->ctx.hdr->nonce;
+}
+
+/* _root_set(name, block, must_be_new=False) -> whether it is set */
 static PyObject *heap_root_set(Heap *self, PyObject *args)
 {
     const char *name;
     Py_ssize_t len;
     Block *block;
+    int must_be_new = 0;
+    struct sh_ref ref;
     enum sh_status s;
-    if (!PyArg_ParseTuple(args, "y#O!:_root_set", &name, &len, state->block_type, &block) ||
+    if (!PyArg_ParseTuple(args, "y#O!|p:_root_set", &name, &len, state->block_type, &block,
+                          &must_be_new) ||
         !box_usable(self->box) || !handle_usable(block))
         return NULL;
     struct box *b = self->box;
-    if (block->box->ctx.hdr->nonce != b->ctx.hdr->nonce)
+    if (!ref_here(b, block, &ref))
         return PyErr_Format(PyExc_ValueError,
                             "the block belongs to another heap; copy it with heap.put()");
-    struct sh_ref ref =
-        block->ref; /* the block may be another Heap object's: as this one maps it */
-    ref.data += b->ctx.base - block->box->ctx.base;
-    ref.word = (void *)((uint8_t *)ref.word + (b->ctx.base - block->box->ctx.base));
-    WAITING_FOR_ROOM(b, s, sh_root_set(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
+    WAITING_FOR_ROOM(
+        b, s,
+        (must_be_new ? sh_root_add : sh_root_set)(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     if (PyErr_Occurred())
         return NULL;
-    return s == SH_OK ? Py_NewRef(Py_None) : fail(b, s);
+    return s == SH_OK || s == SH_CHANGED ? PyBool_FromLong(s == SH_OK) : fail(b, s);
 }
 
+/* _root_clear(name, only=None) -> whether the name stood for a block, or for that one */
 static PyObject *heap_root_clear(Heap *self, PyObject *args)
 {
     const char *name;
     Py_ssize_t len;
+    Block *only = NULL;
+    struct sh_ref ref;
     enum sh_status s;
-    if (!PyArg_ParseTuple(args, "y#:_root_clear", &name, &len) || !box_usable(self->box))
+    if (!PyArg_ParseTuple(args, "y#|O!:_root_clear", &name, &len, state->block_type, &only) ||
+        !box_usable(self->box) || (only != NULL && !handle_usable(only)))
         return NULL;
     struct box *b = self->box;
-    WAITING(b, s, sh_root_clear(&b->ctx, name, (uint32_t)len, SLICE_MS));
+    if (only != NULL && !ref_here(b, only, &ref))
+        Py_RETURN_FALSE;
+    WAITING(b, s, sh_root_clear_of(&b->ctx, name, (uint32_t)len, only ? &ref : NULL, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     if (PyErr_Occurred())
