@@ -36,6 +36,10 @@ bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
     do {
         if (!is_live(w, gen))
             return false;
+#ifdef SH_SPLIT_CAS /* may count another block by now: the control of tools/use_after_free.py */
+        sh_os_pause();
+        w = atomic_load_explicit(word, ACQ);
+#endif
         new = SH_COUNT(w) == SH_COUNT_MAX ? w : w + SH_COUNT_ONE; /* a full count sticks */
         new = touched_now(new, phase);
     } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
