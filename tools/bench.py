@@ -4,6 +4,7 @@
     bench.py alloc [--json] [--quick] [--plot FILE.png]
     bench.py memory [--json] [--quick] [--plot FILE.png]
     bench.py takeover [--json] [--quick] [--plot FILE.png]
+    bench.py lock [--json] [--quick] [--plot FILE.png]
 
 What each command measures and how to read it: docs/reference/bench.md. A benchmark is not a test:
 the exit status says whether it ran, not whether the figures are good.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))  # also under
 
 import bench_alloc
 import bench_common
+import bench_lock
 import bench_memory
 import bench_takeover
 
@@ -28,6 +30,7 @@ COMMANDS: dict[str, bench_common.Command] = {
     "alloc": bench_alloc.Alloc(),
     "memory": bench_memory.Memory(),
     "takeover": bench_takeover.Takeover(),
+    "lock": bench_lock.Lock(),
 }
 """A further command is a line here and a module in tools/bench/."""
 

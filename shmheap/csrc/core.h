@@ -184,7 +184,8 @@ void sh_fork_ranks(void);
 #define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
 
 /* Changes a plain word under a lock: first its old value goes into the log (I-3). Without the log
- * (SH_NO_UNDO) tools/killpoints.py must find deaths that are not survived: its negative control. */
+ * (SH_NO_UNDO) tools/killpoints.py must find deaths that are not survived: its negative control;
+ * and tools/bench.py says what the log costs. */
 static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint64_t value)
 {
     _Atomic uint64_t *at = word;
@@ -203,7 +204,9 @@ static inline void sh_set(struct sh_ctx *c, struct sh_lock *l, void *word, uint6
 /* What was changed so far is whole: forget how to undo it. */
 static inline void sh_commit(struct sh_lock *l)
 {
+#ifndef SH_NO_UNDO
     atomic_store_explicit(&l->len, 0, REL);
+#endif
 }
 
 /* pages.c: the page heap */

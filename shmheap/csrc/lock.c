@@ -12,6 +12,13 @@
 #include <linux/futex.h>
 #include <time.h>
 
+/* What a single process would do without: for tools/bench.py lock, which says what they cost. */
+#ifdef SH_NO_LOCKS
+#define LOCKS 0
+#else
+#define LOCKS 1
+#endif
+
 #ifdef SH_DEBUG
 /* Ranks held by this thread, a bit each: locks are taken in ascending order, two at most. */
 static _Thread_local uint32_t ranks_held;
@@ -89,6 +96,8 @@ static bool nobody_holds(const struct sh_ctx *c, pthread_mutex_t *m, uint32_t ho
 /* 0, EOWNERDEAD, EBUSY or ETIMEDOUT; anything else: these bytes are no mutex. */
 static int acquire(const struct sh_ctx *c, pthread_mutex_t *m, int wait_ms)
 {
+    if (!LOCKS)
+        return 0;
     int rc = m->__data.__kind == c->mutex_kind ? pthread_mutex_trylock(m) : EINVAL;
     uint64_t now = wait_ms != 0 && rc == EBUSY ? sh_os_now_ns() : 0;
     uint64_t until = now + (uint64_t)wait_ms * 1000000u, step = LOOK_MS * 1000000u;
@@ -157,7 +166,8 @@ static enum sh_status in_vain(struct sh_ctx *c, int wait_ms)
 enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
 {
     uint64_t me = c->owner | 1;
-    if (!take_word(&s->lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms)))
+    if (LOCKS && !take_word(&s->lock, 0, me) &&
+        (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms)))
         return in_vain(c, wait_ms);
     rank_taken(SH_RANK_PROCESS);
     return SH_OK;
@@ -166,7 +176,8 @@ enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
 void sh_process_unlock(struct sh_slot *s)
 {
     rank_left(SH_RANK_PROCESS);
-    atomic_store_explicit(&s->lock, 0, REL);
+    if (LOCKS)
+        atomic_store_explicit(&s->lock, 0, REL);
 }
 
 /* Only words that operations log may be restored: a bad log must not write anywhere else. */
@@ -236,7 +247,8 @@ void sh_unlock(struct sh_ctx *c, struct sh_lock *l)
     if (!atomic_load_explicit(&c->hdr->poisoned, RLX) || !roll_back(c, l))
         sh_commit(l);
     rank_left(rank_of(c, l));
-    pthread_mutex_unlock(&l->mutex);
+    if (LOCKS)
+        pthread_mutex_unlock(&l->mutex);
 }
 
 /* The registry lock. Nothing under it is logged, so no death can tear it. */

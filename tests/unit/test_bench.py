@@ -116,6 +116,17 @@ def test_takeover_has_every_part() -> None:
     assert "skipped" in begin or [run["spans"] for run in begin["runs"]] == [1000, 10000]
 
 
+def test_lock_has_every_part() -> None:
+    found = run_bench("lock", "--quick", "--json")
+    check_frame(found, "lock")
+    assert len(found["cases"]) == 5
+    for case in found["cases"].values():
+        assert case.keys() == {"whole_ns", "without_ns", "difference_ns"}
+        assert case["whole_ns"] > 0
+        assert case["without_ns"] > 0
+    assert [row["must"] for row in found["rows"]] == [10, 10, 10, None, None]
+
+
 def test_quantiles_of_few_values_are_values(common: Any) -> None:
     quantiles = importlib.import_module("bench_takeover").quantiles
     assert quantiles([3.0]) == {"p50": 3.0, "p99": 3.0, "max": 3.0}

@@ -34,6 +34,7 @@ from bench_common import (
     figure_axes,
     measure,
     new_loop,
+    one_cpu,
     progress,
     ratio,
     show_rows,
@@ -138,7 +139,7 @@ def measure_peers(rounds: int, slice_ms: float) -> Result:
     """Alloc and drop of each size by each candidate, in turns, in one process on one CPU."""
     found: Result = {}
     with ExitStack() as stack:
-        stack.enter_context(_one_cpu())
+        stack.enter_context(one_cpu())
         heap = stack.enter_context(scratch_heap(GIB))
         loan = stack.enter_context(_iceoryx_loan())
         for size in progress(SIZES, "beside peers"):
@@ -201,16 +202,6 @@ def _iceoryx_loan() -> Iterator[Callable[..., object] | None]:
     for made in (publisher, service, node):
         if hasattr(made, "delete"):
             made.delete()
-
-
-@contextmanager
-def _one_cpu() -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _peer_table(peers: Result) -> Table:
@@ -354,7 +345,7 @@ def measure_free_spans(counts: tuple[int, ...], rounds: int, slice_ms: float) ->
     more than one page of its class and so through the page heap, and a large block.
     """
     with ExitStack() as stack:
-        stack.enter_context(_one_cpu())
+        stack.enter_context(one_cpu())
         heaps = []
         for count in progress(counts, "free spans"):
             heap = stack.enter_context(scratch_heap((2 * count + 1000) * PAGE + 64 * MIB))

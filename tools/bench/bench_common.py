@@ -13,7 +13,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -101,6 +102,17 @@ def measure(cases: Sequence[Case], rounds: int, slice_ms: float) -> None:
     for i in range(rounds):
         for k in range(len(cases)):
             cases[(i + k) % len(cases)].run()
+
+
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    """Stay on one CPU, and what is started meanwhile, too."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
