@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
+
 from shmheap import _core, arena
 from shmheap.cli.deep import look_deep
 from shmheap.cli.show import print_json, print_pairs, print_table, size
@@ -218,15 +220,18 @@ def stat(options: argparse.Namespace) -> int:
     for numbers in (stats, header, config):
         print()
         print_pairs((name, _number(name, value)) for name, value in numbers.items())
-    headings = ("pid", "blocks made by it", "handles", "RssShmem", "PSS", "alive")
+    headings = ("pid", "command", "status", "blocks made by it", "handles", "RssShmem", "PSS")
     print_table(headings, map(_process_cells, processes))
     return 0
 
 
 def _process(pid: int, nbytes: int, pins: int, alive: list[int]) -> dict[str, Any]:
     row: dict[str, Any] = {"pid": pid, "alive": pid in alive, "net_bytes": nbytes, "handles": pins}
-    with suppress(OSError):
+    with suppress(OSError, psutil.Error):  # gone meanwhile
         if row["alive"]:
+            process = psutil.Process(pid)
+            with process.oneshot():
+                row |= {"command": process.name(), "status": process.status()}
             memory = process_memory(pid)
             row |= {"rss_shmem_bytes": memory.rss_shmem, "pss_bytes": memory.pss}
     return row
@@ -234,7 +239,15 @@ def _process(pid: int, nbytes: int, pins: int, alive: list[int]) -> dict[str, An
 
 def _process_cells(row: dict[str, Any]) -> tuple[object, ...]:
     memory = [size(row[key]) if key in row else "" for key in ("rss_shmem_bytes", "pss_bytes")]
-    return (row["pid"], size(row["net_bytes"]), row["handles"], *memory, row["alive"])
+    status = row.get("status", "gone")
+    return (
+        row["pid"],
+        row.get("command", ""),
+        status,
+        size(row["net_bytes"]),
+        row["handles"],
+        *memory,
+    )
 
 
 _SIZES = {"capacity", "next_gc", "heap_sys", "heap_idle", "heap_inuse", "heap_released"}

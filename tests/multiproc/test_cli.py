@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import shmheap
@@ -181,6 +182,7 @@ def test_stat_tells_what_the_heap_tells(heap: shmheap.Heap) -> None:
     [process] = found["processes"]
     assert (process["pid"], process["alive"]) == (os.getpid(), True)
     assert process["handles"] == len(blocks)
+    assert (process["command"], process["status"]) == (psutil.Process().name(), "sleeping")
     text = run("stat", heap.name).stdout
     assert "heap_inuse" in text
     assert str(os.getpid()) in text
