@@ -703,32 +703,64 @@ static enum sh_status refill_locked(struct sh_ctx *c, uint32_t kind, int wait_ms
     return SH_OK;
 }
 
-/* Makes free blocks (or cells) of the kind known to this process. */
-enum sh_status sh_refill(struct sh_ctx *c, uint32_t kind, int wait_ms)
+/* What is free in spans of ours. SH_SLOW: nothing that we know of. *round_over: we have looked at
+ * all in which others had freed when the round began. */
+static enum sh_status refill_ours(struct sh_ctx *c, uint32_t kind, int wait_ms, bool *round_over)
 {
     enum sh_status status = sh_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
     status = refill_locked(c, kind, wait_ms);
+    *round_over = c->shelves[kind].cursor == NULL;
     bool some = sh_pspan_any(c, kind);
     sh_leave(c);
-    if (some || status != SH_OK) /* no room to fill holes: no room for another span of them */
-        return some ? SH_OK : status;
-    if (kind < SH_NCLASSES) {
-        uint32_t page;
-        uint64_t span;
-        status = adopt(c, kind, wait_ms, &page, &span);
-        if (status != SH_OK)
-            return status;
-        if (page != SH_NIL) {
-            struct sh_pspan *s = sh_pspan_new(c, page, kind);
-            if (s == NULL)
-                return SH_NOMEM; /* the span is ours by its record and found when we end */
-            SH_CRASH("adopt:taken");
-            status = publish(c, s, span, span, wait_ms ? wait_ms : 60000);
-            if (status != SH_BUSY)
-                return status;
-        }
-    }
-    return cut(c, kind, wait_ms);
+    return some ? SH_OK : status == SH_OK ? SH_SLOW : status;
+}
+
+/* Takes an orphan of the class. SH_SLOW: nothing in it is free. SH_ABSENT: there is none. */
+static enum sh_status refill_from_orphan(struct sh_ctx *c, uint32_t kind, int wait_ms)
+{
+    uint32_t page = SH_NIL;
+    uint64_t span;
+    enum sh_status status = kind < SH_NCLASSES ? adopt(c, kind, wait_ms, &page, &span) : SH_OK;
+    if (status != SH_OK || page == SH_NIL)
+        return status == SH_OK ? SH_ABSENT : status;
+    struct sh_pspan *s = sh_pspan_new(c, page, kind);
+    if (s == NULL)
+        return SH_NOMEM; /* the span is ours by its record and found when we end */
+    SH_CRASH("adopt:taken");
+    status = publish(c, s, span, span, wait_ms ? wait_ms : 60000);
+    return status == SH_BUSY ? SH_SLOW : status;
+}
+
+static bool lacks(enum sh_status s)
+{
+    return s == SH_SLOW || s == SH_FULL || s == SH_LIMIT || s == SH_NOSPACE;
+}
+
+/* Before anybody is told that there is no room: whatever may be free after all. Two rounds through
+ * our own spans, for others may have freed behind where the first one was. Cost: a look at each of
+ * our spans and at each orphan of the kind. */
+static enum sh_status refill_without_room(struct sh_ctx *c, uint32_t kind, int wait_ms,
+                                          enum sh_status lacking)
+{
+    enum sh_status status = lacking;
+    bool round_over = false;
+    for (uint32_t rounds = 0; rounds < 2 && lacks(status); rounds += round_over)
+        status = refill_ours(c, kind, wait_ms, &round_over);
+    while (lacks(status))
+        status = refill_from_orphan(c, kind, wait_ms);
+    return status == SH_ABSENT ? lacking : status;
+}
+
+/* Makes free blocks (or cells) of the kind known to this process. */
+enum sh_status sh_refill(struct sh_ctx *c, uint32_t kind, int wait_ms)
+{
+    bool round_over;
+    enum sh_status status = refill_ours(c, kind, wait_ms, &round_over);
+    if (status == SH_SLOW) /* else there is no room to fill holes: nor for another span of them */
+        status = refill_from_orphan(c, kind, wait_ms);
+    if (status == SH_SLOW || status == SH_ABSENT)
+        status = cut(c, kind, wait_ms);
+    return lacks(status) ? refill_without_room(c, kind, wait_ms, status) : status;
 }

@@ -978,6 +978,103 @@ static void test_capacity(void)
     stage_end(s);
 }
 
+/* Free blocks that a process would have found sooner or later, and that it did not look for where
+ * there was no room for more: it was told that the heap is full. */
+
+static void one_more_of(struct sh_ctx *c, uint32_t nbytes)
+{
+    struct sh_ref r;
+    CHECK_OK(sh_alloc(c, nbytes, false, 1000, &r));
+    block_drop(c, &r);
+}
+
+/* Full spans of 65,536 bytes, one block each, and the handle of each. */
+static struct handle *full_of(struct sh_ctx *c, struct sh_ref *r, uint32_t *n, enum sh_status why)
+{
+    enum sh_status status;
+    *n = fill_up(c, SH_MAX_SMALL, r, &status);
+    CHECK_IS(status, why);
+    struct handle *h = calloc(*n, sizeof *h);
+    for (uint32_t i = 0; i < *n; i++)
+        h[i] = handle_of(c, &r[i]);
+    return h;
+}
+
+/* A refill looks at 32 spans in which others may have freed, and goes on there the next time. */
+static void test_full_though_another_freed_in_the_last_of_many_spans(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r[128], theirs;
+    uint32_t n;
+    one_more_of(&s->b, 100); /* it has pins */
+    struct handle *h = full_of(&s->a, r, &n, SH_FULL);
+    CHECK(n > 100);
+    for (uint32_t i = 0; i < n; i++) {
+        CHECK_OK(handle_open(&s->b, &h[i], &theirs));
+        block_drop(&s->a, &r[i]);
+        block_drop(&s->b, &theirs); /* the last one frees */
+        CHECK_OK(sh_alloc(&s->a, SH_MAX_SMALL, false, 1000, &r[i]));
+    }
+    for (uint32_t i = 0; i < n; i++)
+        block_drop(&s->a, &r[i]);
+    free(h);
+    stage_end(s);
+}
+
+/* The first orphan was taken, and if it had nothing free, none of the others. */
+static void test_full_though_the_second_orphan_has_a_free_block(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct sh_ref r[128], kept[128];
+    uint32_t n, i = 0;
+    one_more_of(&s->a, 100);
+    struct handle *h = full_of(&s->b, r, &n, SH_FULL);
+    for (uint32_t k = 0; k < n; k++)
+        CHECK_OK(handle_open(&s->a, &h[k], &kept[k]));
+    arena_die(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    while (kept[i].page == s->a.hdr->orphans[sh_class_of(SH_MAX_SMALL)])
+        i++;
+    block_drop(&s->a, &kept[i]);
+    CHECK_OK(sh_alloc(&s->a, SH_MAX_SMALL, false, 1000, &kept[i]));
+    for (uint32_t k = 0; k < n; k++)
+        block_drop(&s->a, &kept[k]);
+    free(h);
+    stage_end(s);
+}
+
+/* Without room to fill the holes of its own spans a process did not look at orphans. */
+static void test_limit_though_an_orphan_has_a_free_block(void)
+{
+    enum {
+        N = 16, /* blocks of a span */
+        LIMIT = 1 << 20
+    };
+    struct stage *s = stage_new(16 << 20, LIMIT);
+    struct sh_ref mine[N], theirs[N], rest[LIMIT / 1024], again;
+    enum sh_status why;
+    for (uint32_t i = 0; i < N; i++) {
+        mine[i] = block_new(&s->a, 4096);
+        theirs[i] = block_new(&s->b, 4096);
+    }
+    for (uint32_t i = 1; i < N; i++)
+        block_drop(&s->a, &mine[i]);
+    collect(&s->lead);
+    release_all(&s->lead);
+    uint32_t n = fill_up(&s->a, 1024, rest, &why);
+    CHECK_IS(why, SH_LIMIT);
+    CHECK_OK(sh_root_set(&s->b, "kept", 4, &theirs[0], 1000));
+    arena_die(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    CHECK_OK(sh_alloc(&s->a, 4096, false, 1000, &again));
+    block_drop(&s->a, &again);
+    block_drop(&s->a, &mine[0]);
+    for (uint32_t i = 0; i < n; i++)
+        block_drop(&s->a, &rest[i]);
+    CHECK_OK(sh_root_clear(&s->a, "kept", 4, 1000));
+    stage_end(s);
+}
+
 /* Counts and generations at their ends */
 
 static void test_saturated_count(void)
@@ -1284,6 +1381,11 @@ int main(void)
         {"recount_while_allocating", test_recount_while_allocating},
         {"memory_limit", test_memory_limit},
         {"capacity", test_capacity},
+        {"full_though_another_freed_in_the_last_of_many_spans",
+         test_full_though_another_freed_in_the_last_of_many_spans},
+        {"full_though_the_second_orphan_has_a_free_block",
+         test_full_though_the_second_orphan_has_a_free_block},
+        {"limit_though_an_orphan_has_a_free_block", test_limit_though_an_orphan_has_a_free_block},
         {"saturated_count", test_saturated_count},
         {"generations_run_out", test_generations_run_out},
         {"large_generations_run_out", test_large_generations_run_out},
