@@ -7,22 +7,10 @@
 
 /* Content */
 
-static uint8_t byte_of(uint64_t seed, uint64_t i)
-{
-    return (uint8_t)((seed >> (i % 7 * 8)) + i * 31);
-}
-
-/* Small blocks whole; of large ones the ends, and some in between. */
-static uint64_t next_byte(uint64_t i, uint64_t n)
-{
-    return n <= 512 || i < 64 || i + 64 >= n ? i + 1 : i + 257 < n - 64 ? i + 257 : n - 64;
-}
-
 static void write_content(struct sh_ref *r, uint64_t seed)
 {
     memcpy(r->data, &seed, sizeof seed);
-    for (uint64_t i = sizeof seed; i < r->nbytes; i = next_byte(i, r->nbytes))
-        r->data[i] = byte_of(seed, i);
+    content_write(r->data, sizeof seed, r->nbytes, seed);
 }
 
 static void check_content(const struct sh_ref *r)
@@ -30,8 +18,7 @@ static void check_content(const struct sh_ref *r)
     uint64_t seed;
     memcpy(&seed, r->data, sizeof seed);
     CHECK(seed >> 20 == r->nbytes);
-    for (uint64_t i = sizeof seed; i < r->nbytes; i = next_byte(i, r->nbytes))
-        CHECK(r->data[i] == byte_of(seed, i));
+    CHECK(content_is(r->data, sizeof seed, r->nbytes, seed));
 }
 
 /* Steps. No room is not a fault: while the coordinator has free runs in hand, others do not see
@@ -79,8 +66,7 @@ static void make(struct user *u, struct sh_ref *r)
         r->nbytes = 0;
         return;
     }
-    for (uint64_t i = 0; zero && i < nbytes; i = next_byte(i, nbytes))
-        CHECK(r->data[i] == 0);
+    CHECK(!zero || content_is_zero(r->data, nbytes));
     write_content(r, nbytes << 20 | (++u->count & 0xfffff));
 }
 

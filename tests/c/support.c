@@ -191,8 +191,10 @@ void arena_share(struct sh_ctx *c, struct sh_ctx *with)
 
 static void arena_unmap(struct sh_ctx *c)
 {
-    if (c->base == shared_base)
+    if (c->base == shared_base) { /* sh_unmap takes the descriptor for the mapping's */
+        close(c->fd);
         c->base = NULL;
+    }
     sh_unmap(c);
 }
 
@@ -262,6 +264,40 @@ enum sh_status handle_open(struct sh_ctx *c, const struct handle *h, struct sh_r
         status = sh_adopt(c, h->off, h->gen, h->cell, h->seq, 10000, r);
     while (status == SH_BUSY || status == SH_AGAIN);
     return status;
+}
+
+/* Content */
+
+static uint8_t byte_of(uint64_t seed, uint64_t i)
+{
+    return (uint8_t)((seed >> (i % 7 * 8)) + i * 31);
+}
+
+static uint64_t next_byte(uint64_t i, uint64_t n)
+{
+    return n <= 512 || i < 64 || i + 64 >= n ? i + 1 : i + 257 < n - 64 ? i + 257 : n - 64;
+}
+
+void content_write(uint8_t *data, uint64_t from, uint64_t nbytes, uint64_t seed)
+{
+    for (uint64_t i = from; i < nbytes; i = next_byte(i, nbytes))
+        data[i] = byte_of(seed, i);
+}
+
+bool content_is(const uint8_t *data, uint64_t from, uint64_t nbytes, uint64_t seed)
+{
+    for (uint64_t i = from; i < nbytes; i = next_byte(i, nbytes))
+        if (data[i] != byte_of(seed, i))
+            return false;
+    return true;
+}
+
+bool content_is_zero(const uint8_t *data, uint64_t nbytes)
+{
+    for (uint64_t i = 0; i < nbytes; i = next_byte(i, nbytes))
+        if (data[i] != 0)
+            return false;
+    return true;
 }
 
 /* Death, and what others do at a moment */
