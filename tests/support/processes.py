@@ -126,9 +126,23 @@ def close(kept: Kept) -> None:
     kept["heap"].close()
 
 
+def close_and_forget(kept: Kept) -> None:
+    """As good as new."""
+    close(kept)
+    kept.clear()
+
+
 def alloc(kept: Kept, key: str, nbytes: int) -> tuple[int, int]:
     kept[key] = kept["heap"].alloc(nbytes)
     return kept[key].offset, kept[key].generation
+
+
+def alloc_once(kept: Kept, key: str, nbytes: int) -> bool:
+    """Without asking the coordinator for memory, which a test may be itself. False: no room."""
+    block = kept["heap"]._alloc_once(nbytes, True)
+    if isinstance(block, shmheap.Block):
+        kept[key] = block
+    return key in kept
 
 
 def alloc_waiting(kept: Kept, key: str, nbytes: int, timeout: float | None) -> None:
@@ -149,6 +163,10 @@ def keep(kept: Kept, key: str, value: Any) -> None:
 
 def get(kept: Kept, key: str) -> Any:
     return kept[key]
+
+
+def copy(kept: Kept, key: str, again: str) -> None:
+    kept[again] = kept[key].__copy__()
 
 
 def drop(kept: Kept, key: str) -> None:
@@ -180,6 +198,11 @@ def root_get(kept: Kept, key: str, name: str) -> None:
 
 def root_set(kept: Kept, name: str, key: str) -> None:
     kept["heap"].roots[name] = kept[key]
+
+
+def root_pop(kept: Kept, name: str) -> bool:
+    """Whether there was one."""
+    return kept["heap"].roots.pop(name, None) is not None
 
 
 def reduce(kept: Kept, key: str) -> tuple[Any, ...]:
@@ -283,12 +306,15 @@ ACTIONS: dict[str, Callable[..., Any]] = {
     for action in (
         attach,
         close,
+        close_and_forget,
         alloc,
+        alloc_once,
         alloc_waiting,
         alloc_many,
         put,
         keep,
         get,
+        copy,
         drop,
         free,
         read,
@@ -296,6 +322,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         digest,
         root_get,
         root_set,
+        root_pop,
         reduce,
         rebuild,
         stats,
