@@ -3,9 +3,9 @@
 #
 #     tests/c/run.sh [plain|asan|tsan] [TEST...]
 #
-# TEST is pages, blocks, threads, death, bytes or oracle (default: all; with tsan not oracle, which has
-# one thread). SH_TEST_SCALE=X makes the long ones X times as
-# long, SH_TEST_SEED=N starts them elsewhere. The last line is "N passed, M failed".
+# TEST is pages, blocks, threads, death, bytes or oracle (default: all; with tsan not oracle, which
+# has one thread). SH_TEST_SCALE=X makes the long ones X times as long, SH_TEST_SEED=N starts them
+# elsewhere. The last line is "N passed, M failed".
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
