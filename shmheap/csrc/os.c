@@ -257,13 +257,21 @@ static void forget_signals(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+/* A FIFO that nobody reads is an error: whoever starts a coordinator waits for this. */
+static int open_log(const char *path)
+{
+    int log = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0600);
+    if (log >= 0)
+        fcntl(log, F_SETFL, O_APPEND);
+    return log;
+}
+
 /* The grandchild: no terminal, no inherited descriptors. Only async-signal-safe calls: other
  * threads of the parent may hold any lock. */
 static void run_program(struct program *p)
 {
     int null = open("/dev/null", O_RDWR);
-    int log =
-        p->log_path ? open(p->log_path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : null;
+    int log = p->log_path ? open_log(p->log_path) : null;
     if (log >= 0) {
         dup2(null, 0);
         dup2(null, 1);
