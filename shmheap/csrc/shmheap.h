@@ -137,7 +137,7 @@ bool sh_detach(struct sh_ctx *, bool keep); /* true: the heap is closed for ever
 bool sh_alive(struct sh_ctx *, uint32_t slot);
 enum sh_status sh_fork_prepare(struct sh_ctx *);
 void sh_fork_parent(struct sh_ctx *);
-void sh_fork_child(struct sh_ctx *);
+enum sh_status sh_fork_child(struct sh_ctx *);
 enum sh_status sh_enter(struct sh_ctx *, int wait_ms);
 void sh_leave(struct sh_ctx *);
 static inline bool sh_is_forked(struct sh_ctx *c)

@@ -297,12 +297,17 @@ void sh_fork_parent(struct sh_ctx *c)
     sh_want(c, SH_WANT_REAP);
 }
 
-/* In the child: it takes the slot that was prepared, and owns none of its parent's spans. */
-void sh_fork_child(struct sh_ctx *c)
+/* In the child: it takes the slot that was prepared, and owns none of its parent's spans.
+ * SH_UNTRUSTED: it came into another PID namespace, and holds nothing (I-8). */
+enum sh_status sh_fork_child(struct sh_ctx *c)
 {
     struct sh_ctx *child = c->child;
     if (child == NULL)
-        return; /* not prepared: c->forked stays 0 */
+        return SH_OK; /* not prepared: c->forked stays 0 */
+    if (c->hdr->pid_namespace != sh_os_pid_namespace()) {
+        drop_child(c);
+        return SH_UNTRUSTED;
+    }
     c->child = NULL;
     sh_fork_ranks();
     sh_pspans_forget(c);
@@ -314,4 +319,5 @@ void sh_fork_child(struct sh_ctx *c)
     atomic_store(&c->slot->pid, (uint32_t)getpid());
     atomic_store(c->forked, 1);
     sh_want(c, SH_WANT_REAP);
+    return SH_OK;
 }

@@ -23,6 +23,8 @@ static const char *obstacle(enum sh_status s)
         return "a process that was stopped kept the heap locked";
     case SH_SYSTEM:
         return errno == EBADF ? "its parent had closed the heap's descriptor" : strerror(errno);
+    case SH_UNTRUSTED:
+        return "it is in another PID namespace than the heap (run both in one)";
     default:
         return sh_status_text(s);
     }
@@ -49,7 +51,9 @@ static void after_fork_child(void)
 {
     for (struct box *b = boxes; b != NULL; b = b->next) {
         b->calls = 0; /* threads inside are not in the child */
-        sh_fork_child(&b->ctx);
+        enum sh_status s = sh_fork_child(&b->ctx);
+        if (s != SH_OK)
+            b->left_behind = obstacle(s);
     }
     pthread_mutex_unlock(&boxes_lock);
 }
