@@ -28,16 +28,21 @@ __all__ = [
     "MAX_NAME_BYTES",
     "ArenaFile",
     "bell_name",
+    "bell_path",
+    "check_bell",
     "check_name",
     "create_file",
     "file_path",
     "find_arenas",
     "find_bells",
     "is_same",
+    "make_bell",
     "open_arena",
+    "open_bell",
     "random_name",
     "read_config",
     "remove",
+    "remove_bell",
     "unlink_same",
 ]
 
@@ -47,6 +52,9 @@ MAX_NAME_BYTES = 200
 """With the prefix, the uid and the doorbell's name it stays below the 255 of a file name."""
 
 NO_LIMIT = 1 << 62
+
+BELL_BYTES = 32
+"""Of a semaphore's file: sizeof(sem_t) where pointers have 64 bits."""
 
 
 class ArenaFile(NamedTuple):
@@ -94,8 +102,21 @@ def file_path(name: str, directory: str | None = None) -> str:
 
 
 def bell_name(nonce: int) -> str:
-    """Return the name of the semaphore that wakes the coordinator."""
-    return f"/{PREFIX}.{os.geteuid()}.{nonce:016x}.bell"
+    """Return the name of the semaphore that wakes the coordinator.
+
+    It has the PID namespace in it: who looks for bells that nobody has mapped sees the processes
+    of its own only, and a directory may be that of several containers.
+    """
+    return f"/{PREFIX}.{os.geteuid()}.{nonce:016x}.{_pid_namespace()}.bell"
+
+
+def bell_path(name: str) -> str:
+    """Return where libc keeps the semaphore of that name."""
+    return f"{DIRECTORY}/sem.{name[1:]}"
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def capacity_of(directory: str | None) -> int:
@@ -158,7 +179,8 @@ def open_arena(heap: str, *, read_only: bool = False) -> tuple[int, str]:
 
     Raises:
         HeapNotFound: There is none.
-        UntrustedArena: Another user owns it, others may open it, or it is no regular file.
+        UntrustedArena: Another user owns it, others may open it, it has a second name, or it is no
+            regular file.
         ValueError: No heap can have that name.
     """
     path = heap if heap.startswith("/") else file_path(heap)
@@ -174,22 +196,30 @@ def open_arena(heap: str, *, read_only: bool = False) -> tuple[int, str]:
     except OSError as error:
         raise UntrustedArena(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        _trust(fd, path)
+        found = os.fstat(fd)
+        _trust(found, path)
+        if found.st_nlink > 1:  # two heaps of ours would be one, if a neighbour could do this
+            raise UntrustedArena(
+                f"{path} has a further name, a hard link: "
+                f"remove that (find {os.path.dirname(path)} -inum {found.st_ino})"
+            )
     except BaseException:
         os.close(fd)
         raise
     return fd, path
 
 
-def _trust(fd: int, path: str) -> None:
-    found = os.fstat(fd)
+def _trust(found: os.stat_result, what: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise UntrustedArena(f"{path} is not a regular file")
+        raise UntrustedArena(f"{what} is not a regular file")
     if found.st_uid != os.geteuid():
-        raise UntrustedArena(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}")
+        raise UntrustedArena(
+            f"{what} belongs to user {found.st_uid}, not to {os.geteuid()}: "
+            "have it removed, or make another heap"
+        )
     if found.st_mode & 0o077:
         mode = stat.S_IMODE(found.st_mode)
-        raise UntrustedArena(f"{path} may be opened by others (mode {mode:o}, not 600)")
+        raise UntrustedArena(f"{what} may be opened by others (mode {mode:o}, not 600)")
 
 
 def read_config(fd: int, path: str) -> Config:
@@ -221,25 +251,88 @@ def unlink_same(path: str, file: os.stat_result) -> None:
 def remove(path: str, file: os.stat_result, nonce: int) -> None:
     """Remove an arena's name, unless it is another arena's by now, and its doorbell. Idempotent."""
     unlink_same(path, file)
-    with contextlib.suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_semaphore(bell_name(nonce))
+    remove_bell(bell_name(nonce))
+
+
+# Doorbells. sem_open maps whatever regular file it may open: another user's who then cuts it off
+# would have SIGBUS end us. Where nobody can rename another's file (/dev/shm is sticky), what was
+# ours when we looked is what sem_open gets.
+
+
+def make_bell(name: str) -> posix_ipc.Semaphore:
+    """Return the semaphore of that name, made if there is none.
+
+    To be called by a process of one thread. Raises UntrustedArena as open_bell does.
+    """
+    before = os.umask(0o077)  # the mode that is asked for is cut by it
+    try:
+        while True:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                return posix_ipc.Semaphore(name, posix_ipc.O_CREX, mode=0o600)
+            with contextlib.suppress(posix_ipc.ExistentialError):  # removed in between
+                return open_bell(name)
+    finally:
+        os.umask(before)
+
+
+def open_bell(name: str) -> posix_ipc.Semaphore:
+    """Return the semaphore of that name.
+
+    Raises posix_ipc.ExistentialError if there is none, and what check_bell raises.
+    """
+    check_bell(name)
+    try:
+        return posix_ipc.Semaphore(name)
+    except (posix_ipc.PermissionsError, OSError) as error:
+        raise UntrustedArena(f"the doorbell {bell_path(name)} cannot be opened: {error}") from error
+
+
+def check_bell(name: str) -> None:
+    """Raise UntrustedArena if what has that name is another user's, open to others, no semaphore.
+
+    It may be nothing.
+    """
+    path = bell_path(name)
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path, follow_symlinks=False)
+        _trust(found, f"the doorbell {path}")
+        if found.st_size != BELL_BYTES:
+            raise UntrustedArena(f"the doorbell {path} is no semaphore: have it removed")
+
+
+def remove_bell(name: str) -> bool:
+    """Remove a doorbell's name, if it is this user's; return whether it was. Idempotent."""
+    path = bell_path(name)
+    with contextlib.suppress(FileNotFoundError):
+        if _is_our_file(path):
+            os.unlink(path)
+            return True
+    return False
+
+
+def _is_our_file(path: str) -> bool:
+    found = os.stat(path, follow_symlinks=False)
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def find_arenas(directory: str | None = None) -> Iterator[ArenaFile]:
     """Find the files of this host that are named like arenas, of every user.
 
-    Raises OSError where there is no such directory.
+    Anybody may put names there: those that no heap can have are not given, so the others can be
+    printed. Raises OSError where there is no such directory.
     """
     directory = directory or DIRECTORY
-    for file in sorted(os.listdir(directory)):
-        prefix, uid, name = file.split(".", 2) if file.count(".") >= 2 else ("", "", "")
-        if prefix == PREFIX and uid.isdigit() and name:
-            yield ArenaFile(name, int(uid), os.path.join(directory, file))
+    form = re.compile(rf"{PREFIX}\.([0-9]+)\.(.+)")
+    for found in filter(None, map(form.fullmatch, sorted(os.listdir(directory)))):
+        with contextlib.suppress(ValueError):
+            yield ArenaFile(check_name(found[2]), int(found[1]), f"{directory}/{found[0]}")
 
 
 def find_bells() -> Iterator[tuple[str, int]]:
-    """Find this user's doorbells, of whatever heap; gives their names and inodes."""
-    form = re.compile(rf"sem\.({PREFIX}\.{os.geteuid()}\.[0-9a-f]{{16}}\.bell)")
+    """Find this user's doorbells of this PID namespace, of whatever heap; names and inodes."""
+    form = re.compile(rf"sem\.({PREFIX}\.{os.geteuid()}\.[0-9a-f]{{16}}\.{_pid_namespace()}\.bell)")
     for found in filter(None, map(form.fullmatch, sorted(os.listdir(DIRECTORY)))):
+        path = f"{DIRECTORY}/{found[0]}"
         with contextlib.suppress(FileNotFoundError):
-            yield f"/{found[1]}", os.stat(os.path.join(DIRECTORY, found[0])).st_ino
+            if _is_our_file(path):
+                yield f"/{found[1]}", os.stat(path, follow_symlinks=False).st_ino

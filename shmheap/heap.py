@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import contextlib
 import math
 import os
 import shlex
@@ -412,6 +411,8 @@ class _Bell:
         self.fd = -1
         """The arena's, as long as this process uses it: an unlinked heap has no other name."""
         self._semaphore: posix_ipc.Semaphore | None = None
+        self._bell_name = ""
+        """As of now, when this process is the user that the heap is of."""
         self._serving: tuple[int, Config] | None = None
         self._starting: _thread.LockType | None = None
         """Released once the successor that this process started last runs, or could not be run."""
@@ -423,6 +424,7 @@ class _Bell:
 
     def serve(self, nonce: int, config: Config) -> None:
         """Say whose bell it is: known only once the arena is mapped."""
+        self._bell_name = arena.bell_name(nonce)
         self._serving = nonce, config
 
     def fall_silent(self) -> None:
@@ -447,7 +449,7 @@ class _Bell:
         self._tell()
         if not starts:
             self._starting = self.problem = None
-            self._release(arena.bell_name(nonce))
+            self._release()
         if over:
             arena.remove(self._path, self._file, nonce)
 
@@ -474,8 +476,9 @@ class _Bell:
 
         def start() -> None:
             try:
+                arena.check_bell(self._bell_name)
                 process.ensure_running(self._name(), config)
-            except CoordinatorLost as error:
+            except (CoordinatorLost, UntrustedArena) as error:
                 self.problem = str(error)
             else:
                 self.problem = None
@@ -508,13 +511,15 @@ class _Bell:
             return self._path
         return f"/proc/{os.getpid()}/fd/{self.fd}"
 
-    def _release(self, name: str) -> None:
+    def _release(self) -> None:
         try:
             if self._semaphore is None:
-                self._semaphore = posix_ipc.Semaphore(name)
+                self._semaphore = arena.open_bell(self._bell_name)
             self._semaphore.release()
         except posix_ipc.ExistentialError:
             self._semaphore = None  # it is about to start, and looks at everything then
+        except UntrustedArena as error:
+            self.problem = str(error)
 
 
 def open(name: str, *, capacity: int | str | None = None, config: Config | None = None) -> Heap:
@@ -566,6 +571,7 @@ def unlink(name: str, *, directory: str | None = None) -> None:
     """
     path = arena.file_path(name, directory)
     fd, _ = arena.open_arena(path, read_only=True)
+    file = os.fstat(fd)
     os.close(fd)
     try:
         with Heap.attach(name, directory=directory) as heap:
@@ -573,7 +579,7 @@ def unlink(name: str, *, directory: str | None = None) -> None:
     except (CoordinatorLost, HeapCorrupt):
         _remove_name_and_bell(path)
     except UntrustedArena:
-        os.unlink(path)  # this user's, and no heap that this version can use
+        arena.unlink_same(path, file)  # this user's, and no heap that this version can use
 
 
 def _remove_name_and_bell(path: str) -> None:
@@ -585,9 +591,18 @@ def _remove_name_and_bell(path: str) -> None:
 
 
 def _unlink_path(path: str, nonce: int) -> None:
-    if _is_still(path, nonce):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    """Remove the name, unless it is that of another file by now."""
+    try:
+        fd, _ = arena.open_arena(path, read_only=True)
+    except (HeapNotFound, UntrustedArena):
+        return
+    try:
+        if _core.Observer(fd).nonce == nonce:
+            arena.unlink_same(path, os.fstat(fd))
+    except UntrustedArena:
+        return
+    finally:
+        os.close(fd)
 
 
 def _finish_closing(fd: int, path: str) -> None:
@@ -595,20 +610,6 @@ def _finish_closing(fd: int, path: str) -> None:
     seen = _core.Observer(fd)
     if not seen.header()["coordinator_alive"]:
         _unlink_path(path, seen.nonce)
-
-
-def _is_still(path: str, nonce: int) -> bool:
-    """Whether the name still is that of this arena, and not of a new one."""
-    try:
-        fd, _ = arena.open_arena(path, read_only=True)
-    except (HeapNotFound, UntrustedArena):
-        return False
-    try:
-        return _core.Observer(fd).nonce == nonce
-    except UntrustedArena:
-        return False
-    finally:
-        os.close(fd)
 
 
 def _find(path: str, nonce: int) -> Heap:

@@ -11,10 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
-
-import posix_ipc
 
 from shmheap import _core, arena
 from shmheap.cli.look import live_pids, observed
@@ -137,6 +134,7 @@ def _remove_deserted(path: str, nonce: int) -> bool:
     Holding the coordinator's place meanwhile keeps anybody from starting one.
     """
     fd, _ = arena.open_arena(path)
+    file = os.fstat(fd)
     try:
         steward = _core.Steward(fd)
     except BlockingIOError:
@@ -146,9 +144,7 @@ def _remove_deserted(path: str, nonce: int) -> bool:
     try:
         if steward.nonce != nonce or any(steward.alive(slot[0]) for slot in steward.slots()):
             return False
-        os.unlink(path)
-        with suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_semaphore(arena.bell_name(nonce))
+        arena.remove(path, file, nonce)
         return True
     finally:
         steward.close()

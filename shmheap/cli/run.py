@@ -12,8 +12,6 @@ import os
 import sys
 from contextlib import suppress
 
-import posix_ipc
-
 from shmheap import _core, arena
 from shmheap.cli.signals import INTERRUPTED, uninterrupted
 from shmheap.config import Config, parse_size
@@ -65,11 +63,11 @@ def _remove_unused(path: str) -> None:
         fd, _ = arena.open_arena(path)
     except HeapNotFound:
         return  # the coordinator has removed it
-    with suppress(BlockingIOError, posix_ipc.ExistentialError):
+    file = os.fstat(fd)
+    with suppress(BlockingIOError):
         try:
             steward = _core.Steward(fd)
         finally:
             os.close(fd)
         if steward.try_close():
-            os.unlink(path)
-            posix_ipc.unlink_semaphore(arena.bell_name(steward.nonce))
+            arena.remove(path, file, steward.nonce)

@@ -29,10 +29,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-import posix_ipc
-
 from shmheap import _core
-from shmheap.arena import bell_name, open_arena, read_config, remove
+from shmheap.arena import bell_name, make_bell, open_arena, read_config, remove
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
@@ -111,8 +109,9 @@ def main(heap: str, *, foreground: bool) -> int:
         remove(path, os.fstat(arena_fd), steward.nonce)
         return 0
     with _logger(config, foreground=foreground) as log:
-        for stale in remove_stale(config.directory, ensure_running):
-            log.info("removed the stale heap %s: its processes were killed", stale)
+        with contextlib.suppress(OSError):  # of the directory, which need not be readable
+            for stale in remove_stale(config.directory, ensure_running):
+                log.info("removed the stale heap %s: its processes were killed", stale)
         try:
             outcome = _serve(steward, config, log, linger=foreground)
         except Exception:
@@ -152,8 +151,11 @@ def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: boo
 
 @contextlib.contextmanager
 def doorbell(name: str) -> Iterator[int]:
-    """Open or create a heap's doorbell; give an eventfd that is written whenever it rings."""
-    bell = posix_ipc.Semaphore(name, posix_ipc.O_CREAT, mode=0o600)
+    """Open or create a heap's doorbell; give an eventfd that is written whenever it rings.
+
+    Raises UntrustedArena if its name is another's.
+    """
+    bell = make_bell(name)
     bell_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     leaving = threading.Event()
 

@@ -24,10 +24,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
 from shmheap import _core
-from shmheap.arena import bell_name, find_arenas, find_bells, open_arena, read_config, remove
+from shmheap.arena import (
+    bell_name,
+    find_arenas,
+    find_bells,
+    open_arena,
+    read_config,
+    remove,
+    remove_bell,
+)
 from shmheap.coordinator.collector import resume
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.trace import Trace
@@ -116,7 +122,8 @@ def _close(steward: Steward, config: Config, path: str, file: os.stat_result) ->
 def remove_orphaned_bells(directory: str | None) -> Iterator[str]:
     """Remove doorbells of heaps that were unlinked before everybody was killed; gives their names.
 
-    Such a bell is nobody's: no heap of the directory has its nonce, and no process has it mapped.
+    Such a bell is nobody's: no heap of the directory has its nonce, and no process has it mapped,
+    of those of this PID namespace, to which it belongs.
     Who should need it after all makes it anew. Cost: a look at every process's maps, if there is
     any bell without a heap.
     """
@@ -124,10 +131,8 @@ def remove_orphaned_bells(directory: str | None) -> Iterator[str]:
     lonely = [(name, inode) for name, inode in find_bells() if name not in known]
     mapped = _mapped_inodes() if lonely else set()
     for name, inode in lonely:
-        if inode not in mapped:
-            with suppress(posix_ipc.Error):
-                posix_ipc.unlink_semaphore(name)
-                yield name
+        if inode not in mapped and remove_bell(name):
+            yield name
 
 
 def _nonces(directory: str | None) -> Iterator[int]:
