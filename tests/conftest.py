@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,3 +30,11 @@ def heap(heap_name: str) -> Iterator[shmheap.Heap]:
     with shmheap.Heap.create(heap_name, capacity="64MiB") as made:
         yield made
         made.unlink()
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """A directory for heaps of this test alone, in the file system in which they lie."""
+    path = tempfile.mkdtemp(dir="/dev/shm", prefix="shmheap-test.")
+    yield path
+    shutil.rmtree(path)

@@ -9,17 +9,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pytest
 
 from shmheap import Config, Heap, _core, arena
 from shmheap.coordinator.process import ensure_running
@@ -50,13 +46,6 @@ class Killed(NamedTuple):
 
     bell: Path
     handle: str
-
-
-@pytest.fixture
-def folder() -> Iterator[str]:
-    path = tempfile.mkdtemp(dir=arena.DIRECTORY, prefix="shmheap-test.")
-    yield path
-    shutil.rmtree(path)
 
 
 def bell_file(nonce: int) -> Path:

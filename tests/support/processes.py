@@ -14,15 +14,18 @@ import ctypes
 import gc
 import hashlib
 import multiprocessing
+import operator
 import os
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
 import shmheap
 
+CLONE_NEWPID = 0x20000000
 METHODS = ("fork", "spawn", "forkserver")
 PATIENCE_S = 60.0
 """Bounds how long a broken test hangs, and decides no test's outcome."""
@@ -259,6 +262,27 @@ def fork_raw(kept: Kept, function: str) -> list[str]:
         return said_by_child.read().decode().split("\n")
 
 
+def fork_elsewhere(kept: Kept) -> list[str]:
+    """A fork whose child is the first process of another PID namespace; as fork_raw."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWPID) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    return fork_raw(kept, "fork")
+
+
+def become(_kept: Kept, uid: int) -> None:
+    """Be another user from now on, for good."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+def attempt(kept: Kept, name: str, *args: Any) -> str:
+    """Call what a name as "os:kill" or "heap:gc" (of a kept thing) is of; says what came of it."""
+    owner, _, path = name.partition(":")
+    found = kept[owner] if owner in kept else import_module(owner)
+    return _attempt(lambda: operator.attrgetter(path)(found)(*args))
+
+
 def _attempt(action: Callable[[], object]) -> str:
     try:
         return f"returned {action()!r}".replace("\n", " ")
@@ -329,6 +353,9 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         check,
         churn,
         fork_raw,
+        fork_elsewhere,
+        become,
+        attempt,
         fork_and_leave,
         fork_twice,
         die,
