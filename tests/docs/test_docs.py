@@ -185,6 +185,15 @@ def test_files_that_the_invariants_name_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_tests_that_the_documents_name_exist() -> None:
+    tests = [path for path in SOURCES if path.is_relative_to(ROOT / "tests")]
+    there = {name for path in tests for name in re.findall(r"\bdef (test_\w+)", path.read_text())}
+    there |= {path.stem for path in tests}
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert len(named) > 20
+    assert named - there == set()
+
+
 def anchor_of(heading: str) -> str:
     """What a heading's link is called, by GitHub's rule."""
     plain = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())

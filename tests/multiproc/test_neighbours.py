@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import pickle
 import re
@@ -38,6 +39,7 @@ from shmheap import (
     _core,
     arena,
 )
+from shmheap.cli import main
 from shmheap.cli.look import live_pids
 from shmheap.coordinator import process
 from shmheap.coordinator.stale import remove_orphaned_bells, remove_stale
@@ -266,7 +268,7 @@ def look(path: Path) -> tuple[int, int, int, int]:
 
 
 def test_removing_stale_heaps_leaves_what_is_no_heap_of_ours(
-    folder: str, new_heap_name: Callable[[], str]
+    folder: str, new_heap_name: Callable[[], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def named(name: str) -> Path:
         return Path(arena.file_path(name, folder))
@@ -291,6 +293,10 @@ def test_removing_stale_heaps_leaves_what_is_no_heap_of_ours(
     removed = list(remove_stale(folder, start_nothing))
     assert removed == [stale.name.split(".", 2)[2]], "what is stale goes, so the others could have"
     assert not stale.exists()
+    assert main(["ls", "--json", "--directory", folder]) == 0
+    rows = json.loads(capsys.readouterr().out)["heaps"]
+    assert len(rows) == len(before) - 2, "all but the directory and what is in it"
+    assert all(row["problem"] for row in rows)
     assert {path: look(path) for path in [*Path(folder).iterdir(), hidden]} == before
 
 
@@ -476,6 +482,7 @@ def test_a_name_that_another_user_took_first(
 
 
 @as_root
+@pytest.mark.filterwarnings("ignore:the doorbell:RuntimeWarning")
 def test_who_becomes_another_user_keeps_what_it_has_and_is_told_why_nobody_answers(
     worker: Worker, hand: HeapByHand
 ) -> None:
