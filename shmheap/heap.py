@@ -184,6 +184,7 @@ class Heap(HeapBase):
         try:
             if heap._coordinator_alive():
                 bell.ring(False)
+                bell.require_service()
             elif heap._may_start():
                 bell.require_successor()
         except CoordinatorLost:
@@ -333,6 +334,8 @@ class Heap(HeapBase):
         ticket = self._request(kind)
         if not self._coordinator_alive():
             self._bell.require_successor()
+        else:
+            self._bell.require_service()
         fields = self._await(kind, ticket, seconds)
         if fields is None:
             raise CoordinatorLost(
@@ -417,7 +420,8 @@ class _Bell:
         self._starting: _thread.LockType | None = None
         """Released once the successor that this process started last runs, or could not be run."""
         self.problem: str | None = None
-        """Why none could be started when that was last tried. Whoever needs no answer goes on."""
+        """Why none could be started, or woken, when that was last tried. Whoever needs no answer
+        goes on."""
         self._told: str | None = None
         """The problem of which the program was warned; once for several in a row."""
         self.warns = False
@@ -461,6 +465,10 @@ class _Bell:
         if self._serving is not None and self._starting is None:
             self._start(self._serving[1], True)
         self.settle()
+        self.require_service()
+
+    def require_service(self) -> None:
+        """Raise CoordinatorLost if nobody could be started or woken when that was last tried."""
         if self.problem is not None:
             raise CoordinatorLost(self.problem)
 
