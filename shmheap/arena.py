@@ -1,8 +1,9 @@
 """Names and files of arenas: made without a name, trusted only after a look.
 
 An arena is one POSIX shared-memory object of mode 0600. It is formatted while it has no name
-(O_TMPFILE) and linked when it is whole, so nobody ever opens half of one and a death in between
-leaves nothing behind. Whoever opens one by name checks owner, mode and kind here, and the core
+(O_TMPFILE), and linked when it is whole and whoever makes it uses it or leads it: so nobody ever
+opens half of one, a death in between leaves nothing behind, and one with a name that nobody alive
+uses is stale. Whoever opens one by name checks owner, mode and kind here, and the core
 checks the header.
 
 A coordinator imports this, so it imports neither pathlib nor secrets: 10 ms of a successor's start.
@@ -31,12 +32,13 @@ __all__ = [
     "bell_path",
     "check_bell",
     "check_name",
-    "create_file",
     "file_path",
     "find_arenas",
     "find_bells",
+    "give_name",
     "is_same",
     "make_bell",
+    "make_file",
     "open_arena",
     "open_bell",
     "random_name",
@@ -125,20 +127,18 @@ def capacity_of(directory: str | None) -> int:
     return found.f_blocks * found.f_frsize
 
 
-def create_file(path: str, capacity: int, config: Config) -> int:
-    """Make an arena of that many bytes and give it its name.
+def make_file(path: str, capacity: int, config: Config) -> int:
+    """Make an arena of that many bytes, to be given that name: see `give_name`.
 
-    Returns its fd, for the caller to close. Raises HeapExists, HeapFull (no room even for the
-    header), ValueError (a capacity that cannot be), OSError.
+    Returns its fd, for the caller to close. Raises HeapFull (no room even for the header),
+    ValueError (a capacity that cannot be), OSError.
     """
     directory = os.path.dirname(path)
     fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(fd, 0o600)
         _format(fd, capacity, config)
-        _link(fd, path)
     except BaseException:
-        unlink_same(path, os.fstat(fd))
         os.close(fd)
         raise
     return fd
@@ -161,7 +161,11 @@ def _format(fd: int, capacity: int, config: Config) -> None:
         raise
 
 
-def _link(fd: int, path: str) -> None:
+def give_name(fd: int, path: str) -> None:
+    """Give an arena its name. The caller uses or leads it already: it is never without anybody.
+
+    Raises HeapExists.
+    """
     here = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # With a directory fd Python calls linkat and follows the link to the file that has no name.
@@ -249,9 +253,12 @@ def unlink_same(path: str, file: os.stat_result) -> None:
 
 
 def remove(path: str, file: os.stat_result, nonce: int) -> None:
-    """Remove an arena's name, unless it is another arena's by now, and its doorbell. Idempotent."""
-    unlink_same(path, file)
+    """Remove an arena's name, unless it is another arena's by now, and its doorbell. Idempotent.
+
+    The doorbell first: whoever finds a name whose heap is closed finishes this.
+    """
     remove_bell(bell_name(nonce))
+    unlink_same(path, file)
 
 
 # Doorbells. sem_open maps whatever regular file it may open: another user's who then cuts it off

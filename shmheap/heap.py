@@ -126,10 +126,10 @@ class Heap(HeapBase):
         nbytes = arena.capacity_of(config.directory) if capacity is None else parse_size(capacity)
         if nbytes <= 0:
             raise ValueError(f"a heap's capacity is at least one page, not {nbytes} bytes")
-        fd = arena.create_file(path, nbytes, config)
+        fd = arena.make_file(path, nbytes, config)
         file = os.fstat(fd)
         try:
-            heap = cls._attached(fd, path, name)
+            heap = cls._attached(fd, path, name, new=True)
         except BaseException:
             arena.unlink_same(path, file)  # nobody was told of it
             raise
@@ -161,8 +161,15 @@ class Heap(HeapBase):
         return heap
 
     @classmethod
-    def _attached(cls, fd: int, path: str, name: str) -> Self | None:
-        """Take a slot in the arena; None if it is closing. Closes the fd."""
+    def _attached(cls, fd: int, path: str, name: str, *, new: bool = False) -> Self | None:
+        """Take a slot in the arena; None if it is closing. Closes the fd.
+
+        Args:
+            fd: the arena's.
+            path: its name, which a new one is given here: by a user, who is seen to die.
+            name: the heap's.
+            new: it was just made.
+        """
         heap = cls()
         heap.name = name
         heap._path = path
@@ -172,6 +179,8 @@ class Heap(HeapBase):
             if not heap._attach(fd, path, bell.ring):
                 _finish_closing(fd, path)
                 return None
+            if new:
+                arena.give_name(fd, path)
         finally:
             os.close(fd)
         heap._nonce = heap.nonce
@@ -617,7 +626,7 @@ def _finish_closing(fd: int, path: str) -> None:
     """A heap that closes for ever: its coordinator removes it, or if that died, whoever sees it."""
     seen = _core.Observer(fd)
     if not seen.header()["coordinator_alive"]:
-        _unlink_path(path, seen.nonce)
+        arena.remove(path, os.fstat(fd), seen.nonce)
 
 
 def _find(path: str, nonce: int) -> Heap:

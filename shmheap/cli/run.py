@@ -27,34 +27,39 @@ def run(options: argparse.Namespace) -> int:
     name: str = options.name
     path = name if name.startswith("/") else arena.file_path(name, options.directory)
     foreground = not is_detached()
-    made = False
+    steward = None
     status = INTERRUPTED
     with suppress(KeyboardInterrupt):  # before the coordinator handles it
         if foreground:
             with uninterrupted():
-                made = _make(path, options)
-        status = coordinate(path, foreground=foreground)
-    if made:  # not in a finally: an exception would keep the coordinator's hold on the heap
+                steward = _make(path, options)
+        status = coordinate(path, foreground=foreground, steward=steward)
+    if made := steward is not None:
+        steward.close()
         _remove_unused(path)
     if options.json:
         print(json.dumps({"name": name, "path": path, "made": made, "exit_status": status}))
     return status
 
 
-def _make(path: str, options: argparse.Namespace) -> bool:
-    """Make the heap if there is none; return whether it was."""
+def _make(path: str, options: argparse.Namespace) -> _core.Steward | None:
+    """Make the heap if there is none; return its coordinator's place then, taken."""
     if options.capacity is not None:
         nbytes = parse_size(options.capacity)
     else:
         nbytes = arena.capacity_of(options.directory)
+    fd = arena.make_file(path, nbytes, Config(directory=options.directory))
     try:
-        os.close(arena.create_file(path, nbytes, Config(directory=options.directory)))
+        steward = _core.Steward(fd)  # before there is a name: see arena.give_name
+        arena.give_name(fd, path)
     except HeapExists:
         if options.capacity is not None:
             print(f"shmheap: {path} exists, and keeps its capacity", file=sys.stderr)
-        return False
+        return None
+    finally:
+        os.close(fd)
     print(f"shmheap: made {path}", file=sys.stderr)
-    return True
+    return steward
 
 
 def _remove_unused(path: str) -> None:

@@ -86,12 +86,13 @@ def is_detached() -> bool:
     return all(_is_null_device(fd) for fd in (0, 1))
 
 
-def main(heap: str, *, foreground: bool) -> int:
+def main(heap: str, *, foreground: bool, steward: Steward | None = None) -> int:
     """Be a heap's coordinator until its last user has left, or until SIGTERM or SIGINT.
 
     Args:
         heap: name or path of the arena's file.
         foreground: started by hand: talks on stderr, and waits for a first user.
+        steward: the coordinator's place, if the caller has taken it.
 
     Returns the exit status: 0, also if the heap has a coordinator already; 1 if it failed.
 
@@ -100,7 +101,7 @@ def main(heap: str, *, foreground: bool) -> int:
     arena_fd, path = open_arena(heap)
     config = read_config(arena_fd, path)
     try:
-        steward = _take_place(arena_fd)
+        steward = steward or _take_place(arena_fd)
     except BlockingIOError:
         if foreground:
             print(f"{heap} has a coordinator already", file=sys.stderr)

@@ -11,8 +11,8 @@ coordinator looks for others of its user when it starts, and `shmheap rm --stale
                                               not yet: leases in their grace, or a user who just
                                                 came: start a coordinator, which sees to it
 
-A heap that nobody ever used is just being made, and is let be. One that cannot be read, or has
-been found corrupt, stays for `shmheap rm NAME`.
+A heap that is being made has a user or a coordinator before it has a name. One that cannot be read,
+or has been found corrupt, stays for `shmheap rm NAME`.
 """
 
 from __future__ import annotations
@@ -88,15 +88,14 @@ def _remove_if_stale(path: str, start: Start) -> bool:
 
 
 def _config_if_deserted(fd: int, path: str) -> Config | None:
-    """The config of a heap that was used, is not kept, and has nobody alive; else None.
+    """The config of a heap that is not kept, and has nobody alive; else None.
 
     A look that changes nothing.
     """
     observer = _core.Observer(fd)
     try:
         header = observer.header()
-        was_used = header["coordinator_pid"] != 0 or bool(observer.processes())
-        if header["coordinator_alive"] or header["users_alive"] or not was_used:
+        if header["coordinator_alive"] or header["users_alive"]:
             return None
         config = read_config(fd, path)
         return None if config.keep and not header["unlinked"] else config

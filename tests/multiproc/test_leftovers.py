@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shmheap import Config, Heap, _core, arena
+from shmheap import open as open_heap
 from shmheap.coordinator.process import ensure_running
 from shmheap.coordinator.stale import remove_stale
 
@@ -144,14 +145,58 @@ def test_a_stale_heap_whose_user_lives_stays(folder: str, heap_name: str) -> Non
         heap.unlink()
 
 
-def test_a_heap_that_is_being_made_stays(folder: str, heap_name: str) -> None:
+def test_a_heap_whose_maker_died_before_it_used_it_is_removed(
+    folder: str, heap_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had its name before it had a user: who looked for stale ones took it for one being made,
+    for ever."""
+    give_name = arena.give_name
+
+    def die(fd: int, path: str) -> None:
+        give_name(fd, path)
+        assert list(remove_stale(folder, ensure_running)) == [], "its maker lives"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(arena, "give_name", die)
+    maker = os.fork()
+    if maker == 0:
+        try:
+            Heap.create(heap_name, capacity=MIB, config=Config(directory=folder))
+        finally:
+            os._exit(1)
+    assert os.waitpid(maker, 0)[1] == signal.SIGKILL
+    assert [file.name for file in arena.find_arenas(folder)] == [heap_name]
+    assert list(remove_stale(folder, ensure_running)) == [heap_name]
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("before", ["bell_name", "unlink_same"])
+def test_a_last_user_who_dies_while_it_removes_its_heap_leaves_no_doorbell(
+    folder: str, heap_name: str, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """The name went first: after a death behind it nobody knew of the doorbell. Who found the name
+    of a closed heap removed that alone."""
     config = Config(directory=folder)
-    fd = arena.create_file(arena.file_path(heap_name, folder), MIB, config)
-    try:
-        assert list(remove_stale(folder, ensure_running)) == []
-        assert [file.name for file in arena.find_arenas(folder)] == [heap_name]
-    finally:
-        os.close(fd)
+    reader, writer = os.pipe()
+    last = os.fork()
+    if last == 0:
+        try:
+            heap = Heap.create(heap_name, capacity=MIB, config=config)
+            heap.gc()
+            os.write(writer, heap.nonce.to_bytes(8))
+            end(_core.Observer(heap._fileno()).header()["coordinator_pid"])
+            monkeypatch.setattr(arena, before, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            heap.close()
+        finally:
+            os._exit(1)
+    assert os.waitpid(last, 0)[1] == signal.SIGKILL
+    bell = bell_file(int.from_bytes(os.read(reader, 8)))
+    os.close(reader)
+    os.close(writer)
+    with open_heap(heap_name, capacity=MIB, config=config) as heap:
+        heap.gc()
+        assert not bell.exists()
+        heap.unlink()
 
 
 def test_a_handle_on_its_way_keeps_a_stale_heap(folder: str, heap_name: str) -> None:

@@ -32,10 +32,10 @@ Extents = list[tuple[int, bytes]]
 def make_original(name: str) -> tuple[int, Extents]:
     """A heap in use, as (bytes of its file, what is in it)."""
     path = arena.file_path(name)
-    fd = arena.create_file(path, CAPACITY, Config(keep=True))
+    fd = arena.make_file(path, CAPACITY, Config(keep=True))
     steward = _core.Steward(fd)
     steward.begin()
-    heap = Heap._attached(os.dup(fd), path, name)
+    heap = Heap._attached(os.dup(fd), path, name, new=True)
     assert heap is not None
     blocks = [heap.put(bytes(n)) for n in (10, 100, 1000, 10_000, 100_000)]
     heap.roots["name"] = blocks[0]

@@ -52,8 +52,9 @@ class HeapByHand:
     def __init__(self, name: str, capacity: int = 64 << 20, config: Config | None = None) -> None:
         config = config or Config()
         self.path = arena.file_path(name, config.directory)
-        self.fd = arena.create_file(self.path, capacity, config)
+        self.fd = arena.make_file(self.path, capacity, config)
         self.steward = _core.Steward(self.fd)  # first: the heap would start a coordinator
+        arena.give_name(self.fd, self.path)
         self.steward.begin()
         heap = Heap._attached(os.dup(self.fd), self.path, name)
         assert heap is not None

@@ -369,9 +369,12 @@ def test_one_of_many_creators_wins(new_heap_name: Callable[[], str]) -> None:
     def create() -> None:
         start.wait()
         try:
-            made.append(arena.create_file(path, MIB, Config()))
+            fd = arena.make_file(path, MIB, Config(keep=True))
+            arena.give_name(fd, path)
+            made.append(fd)
         except shmheap.HeapExists as error:
             lost.append(error)
+            os.close(fd)
 
     threads = [threading.Thread(target=create) for _ in range(8)]
     for thread in threads:
