@@ -186,6 +186,7 @@ static enum sh_status finish_run(struct sh_ctx *c, uint32_t page, uint64_t span)
     uint32_t n = SH_SPAN_NPAGES(span),
              which = SH_SPAN_STATE(span) == SH_RESERVED ? HELD : HALF_DONE;
     sh_set_span(c, page, SH_SPAN(SH_RELEASING, 0, c->owner, n));
+    SH_CRASH("begin:claimed");
     enum sh_status status = punch_states(c, page, n, which);
     return status == SH_OK ? put_aside(c, page) : status;
 }

@@ -7,7 +7,8 @@
 
 #include "shmheap.h"
 
-/* Crash points: in a test build the environment names one at which the process dies. */
+/* Named points, for the C tests alone: they bring what happens there, such as a death. All of them:
+ * docs/reference/crash-points.md. */
 #ifdef SH_CRASH_POINTS
 void sh_crash_point(const char *name);
 #define SH_CRASH(name) sh_crash_point(name)

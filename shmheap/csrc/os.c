@@ -316,13 +316,3 @@ int sh_os_spawn_detached(char *const argv[], const char *log_path)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return child < 0 ? error : program.error;
 }
-
-#ifdef SH_CRASH_POINTS
-#include <string.h>
-__attribute__((weak)) void sh_crash_point(const char *name) /* the C tests have their own */
-{
-    const char *wanted = getenv("SHMHEAP_CRASH");
-    if (wanted != NULL && strcmp(wanted, name) == 0)
-        kill(getpid(), SIGKILL);
-}
-#endif

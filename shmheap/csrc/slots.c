@@ -13,12 +13,12 @@
 #include <unistd.h>
 
 /* Everything of a slot that is its user's. The state comes last: until then the slot is FREE. */
-static void init_slot(struct sh_ctx *c, struct sh_slot *s)
+static void init_slot(struct sh_ctx *c, struct sh_slot *s, uint32_t pid)
 {
     uint32_t incarnation = atomic_load(&s->incarnation) + 1;
     incarnation += (incarnation & 0x7fffu) == 0; /* 0 in a span record is nobody */
     atomic_store(&s->incarnation, incarnation);
-    atomic_store(&s->pid, (uint32_t)getpid());
+    atomic_store(&s->pid, pid);
     atomic_store(&s->phase, atomic_load(&c->hdr->phase));
     atomic_store(&s->waiting, 0);
     atomic_store(&s->refused, 0);
@@ -39,6 +39,7 @@ static void init_slot(struct sh_ctx *c, struct sh_slot *s)
 static enum sh_status register_slot(struct sh_ctx *c, uint32_t slot, int wait_ms)
 {
     struct sh_slot *s = sh_slot(c, slot);
+    const uint32_t pid = (uint32_t)getpid(); /* a system call: not under the lock (I-4) */
     enum sh_status status = sh_registry(c, wait_ms);
     if (status != SH_OK)
         return status;
@@ -48,7 +49,8 @@ static enum sh_status register_slot(struct sh_ctx *c, uint32_t slot, int wait_ms
     } else if (slot != 0 && slot < used && atomic_load(&s->state) != SH_SLOT_FREE) {
         status = SH_CHANGED;
     } else {
-        init_slot(c, s);
+        init_slot(c, s, pid);
+        SH_CRASH("attach:registered");
         if (slot >= used)
             atomic_store(&c->hdr->slots_used, slot + 1);
     }
@@ -120,6 +122,7 @@ static bool close_if_last(struct sh_ctx *c)
     if (last)
         atomic_store(&c->hdr->closing, 1);
     sh_unlock(c, &c->hdr->registry);
+    SH_CRASH("detach:judged");
     return last;
 }
 
@@ -136,6 +139,7 @@ bool sh_detach(struct sh_ctx *c, bool keep)
     if (c->slot_index != 0) {
         closed = (!keep || atomic_load(&c->hdr->unlinked)) && close_if_last(c);
         atomic_store(&c->slot->state, SH_SLOT_DETACHED);
+        SH_CRASH("detach:left");
         sh_want(c, SH_WANT_LEAVE);
     }
     sh_pspans_forget(c);

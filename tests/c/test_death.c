@@ -218,6 +218,7 @@ static void act_as_user(void *arg)
     sh_fork_parent(&c);
     CHECK_OK(sh_root_clear(&c, "large", 5, 1000));
     sh_flush(&c, 1000);
+    CHECK(!sh_detach(&c, false) && "the witness is still there");
     arena_leave(&c);
 }
 
@@ -330,18 +331,51 @@ static void die_at_points(void (*act)(void *), const char *const *points)
 
 static void test_user_crash_points(void)
 {
-    static const char *const points[] = {
-        "attach:held",  "cut:reserved",  "commit:step", "large:committed",
-        "root:entered", "fork:prepared", "log:entry",   NULL};
+    static const char *const points[] = {"attach:held",
+                                         "attach:registered",
+                                         "cut:reserved",
+                                         "commit:budgeted",
+                                         "commit:step",
+                                         "large:committed",
+                                         "root:entered",
+                                         "fork:reserved",
+                                         "fork:prepared",
+                                         "detach:judged",
+                                         "detach:left",
+                                         "log:entry",
+                                         NULL};
     die_at_points(act_as_user, points);
 }
 
 static void test_coordinator_crash_points(void)
 {
     static const char *const points[] = {
-        "gc:phase",        "gc:marking",      "gc:sweeping", "reap:cells",
-        "release:claimed", "release:punched", "log:entry",   NULL};
+        "attach:registered", "orphan:held", "gc:phase",  "gc:marking", "gc:sweeping",
+        "recount:begins",    "sum:counted", "reap:seen", "reap:cells", "release:claimed",
+        "release:punched",   "log:entry",   NULL};
     die_at_points(act_as_coordinator, points);
+}
+
+static const char *predecessor_died_at;
+
+/* Passes the points of finishing what another coordinator was in the middle of. */
+static void act_as_successor(void *arg)
+{
+    struct scene *s = arg, first = *s;
+    first.point = predecessor_died_at;
+    first.nth = 1;
+    CHECK(!child_survives(act_as_coordinator, &first, NULL, 0));
+    act_as_coordinator(s);
+}
+
+static void test_successor_crash_points(void)
+{
+    static const char *const finishing[] = {"begin:claimed", NULL};
+    static const char *const undoing[] = {"log:undo", NULL};
+    predecessor_died_at = "release:claimed";
+    die_at_points(act_as_successor, finishing);
+    predecessor_died_at = "log:entry";
+    die_at_points(act_as_successor, undoing);
 }
 
 static void wait_for_memory(void *arg)
@@ -416,6 +450,7 @@ int main(int argc, char **argv)
     static const struct test tests[] = {
         {"user_crash_points", test_user_crash_points},
         {"coordinator_crash_points", test_coordinator_crash_points},
+        {"successor_crash_points", test_successor_crash_points},
         {"a_taker_that_dies_leaves_no_lease_on_the_books",
          test_a_taker_that_dies_leaves_no_lease_on_the_books},
         {"a_waiter_that_dies_is_not_subtracted_twice",
