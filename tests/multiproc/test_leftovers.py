@@ -17,6 +17,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from shmheap import Config, Heap, _core, arena
 from shmheap import open as open_heap
 from shmheap.coordinator.process import ensure_running
