@@ -197,10 +197,8 @@ class Heap(HeapBase):
             elif heap._may_start():
                 bell.require_successor()
         except CoordinatorLost:
-            heap._start_failed()
             heap._keep(True)  # it is as it was before
-            bell.fall_silent()
-            heap.close()
+            heap._give_up()
             raise
         bell.warns = True
         _open_heaps[id(heap)] = heap
@@ -341,10 +339,7 @@ class Heap(HeapBase):
         if not seconds >= 0:
             raise ValueError(f"a timeout is a number of seconds from 0 on, or None: not {timeout}")
         ticket = self._request(kind)
-        if not self._coordinator_alive():
-            self._bell.require_successor()
-        else:
-            self._bell.require_service()
+        self._require_coordinator()
         fields = self._await(kind, ticket, seconds)
         if fields is None:
             raise CoordinatorLost(
@@ -352,6 +347,13 @@ class Heap(HeapBase):
                 + self._why_no_answer()
             )
         return fields
+
+    def _require_coordinator(self) -> None:
+        """Have one, alive or just started. Raises CoordinatorLost if that cannot be."""
+        if self._coordinator_alive():
+            self._bell.require_service()
+        else:
+            self._bell.require_successor()
 
     def _why_no_answer(self) -> str:
         log = self._config.log
@@ -440,10 +442,6 @@ class _Bell:
         self._bell_name = arena.bell_name(nonce)
         self._serving = nonce, config
 
-    def fall_silent(self) -> None:
-        """Ring no more, nor start anybody."""
-        self._serving = None
-
     def ring(self, starts: bool, waits: bool = False, over: bool = False) -> None:
         """Wake the coordinator.
 
@@ -478,6 +476,7 @@ class _Bell:
 
     def require_service(self) -> None:
         """Raise CoordinatorLost if nobody could be started or woken when that was last tried."""
+        self._told = self.problem
         if self.problem is not None:
             raise CoordinatorLost(self.problem)
 
@@ -494,7 +493,7 @@ class _Bell:
         def start() -> None:
             try:
                 arena.check_bell(self._bell_name)
-                process.ensure_running(self._name(), config)
+                process.ensure_running(self._path, config, self._arena_fd())
             except (CoordinatorLost, UntrustedArena) as error:
                 self.problem = str(error)
             else:
@@ -522,11 +521,12 @@ class _Bell:
         if self._starting is not None and self._starting.acquire(timeout=STARTING_S):
             self._starting.release()
 
-    def _name(self) -> str:
-        """What a successor opens."""
-        if arena.is_same(self._path, self._file):
-            return self._path
-        return f"/proc/{os.getpid()}/fd/{self.fd}"
+    def _arena_fd(self) -> int:
+        """The arena's, or -1: a daemonizer has closed it, and its number may be another file's."""
+        try:
+            return self.fd if os.path.samestat(os.fstat(self.fd), self._file) else -1
+        except OSError:
+            return -1
 
     def _release(self) -> None:
         try:
@@ -592,6 +592,7 @@ def unlink(name: str, *, directory: str | None = None) -> None:
     os.close(fd)
     try:
         with Heap.attach(name, directory=directory) as heap:
+            heap._require_coordinator()  # which removes the doorbell once nobody is there
             heap.unlink()
     except (CoordinatorLost, HeapCorrupt):
         _remove_name_and_bell(path)

@@ -24,6 +24,7 @@ import logging
 import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
@@ -50,12 +51,14 @@ if TYPE_CHECKING:
 LOG_FORMAT: Final = "%(asctime)s %(process)d %(levelname)s %(message)s"
 
 
-def ensure_running(heap: str, config: Config) -> None:
+def ensure_running(heap: str, config: Config, arena_fd: int = -1) -> None:
     """Start a coordinator for a heap, detached from this process; if there is one, it leaves again.
 
     Args:
         heap: name or path of the arena's file.
         config: the heap's, for the interpreter and the log.
+        arena_fd: an open file of the arena, which may have lost its name by then, or lose it now;
+            -1: the coordinator opens it by that name.
 
     Returns when the interpreter runs, which takes two turns of the scheduler; not when it has
     become the coordinator.
@@ -64,7 +67,7 @@ def ensure_running(heap: str, config: Config) -> None:
     """
     line = command(heap, config)
     try:
-        _core.spawn_detached(line, config.log)
+        _core.spawn_detached(line, config.log, arena_fd)
     except OSError as error:
         what = "its log" if error.filename == config.log else "its interpreter"
         raise CoordinatorLost(
@@ -83,7 +86,7 @@ def command(heap: str, config: Config) -> list[str]:
 
 def is_detached() -> bool:
     """Return whether this process has nobody to talk to, as one that `ensure_running` started."""
-    return all(_is_null_device(fd) for fd in (0, 1))
+    return _is_null_device(1) and (_is_null_device(0) or _is_given())
 
 
 def main(heap: str, *, foreground: bool, steward: Steward | None = None) -> int:
@@ -98,7 +101,7 @@ def main(heap: str, *, foreground: bool, steward: Steward | None = None) -> int:
 
     Raises HeapNotFound, UntrustedArena as `open_arena` does. To be called in the main thread.
     """
-    arena_fd, path = open_arena(heap)
+    arena_fd, path = _open(heap)
     config = read_config(arena_fd, path)
     try:
         steward = steward or _take_place(arena_fd)
@@ -122,6 +125,17 @@ def main(heap: str, *, foreground: bool, steward: Steward | None = None) -> int:
     if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):
         remove(path, os.fstat(arena_fd), steward.nonce)
     return 0
+
+
+def _open(heap: str) -> tuple[int, str]:
+    """Open the arena: the one that we were given, whatever its name is now, or that of the name."""
+    if not (is_detached() and _is_given()):
+        return open_arena(heap)
+    arena_fd, _ = open_arena("/proc/self/fd/0")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return arena_fd, heap
 
 
 def _take_place(arena_fd: int) -> Steward:
@@ -214,7 +228,12 @@ def _environment_says_trace() -> bool:
 
 
 def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
-    """Return whether a heap that was to be kept was unlinked and has no users either."""
+    """Return whether a heap that was to be kept was unlinked and has no users either.
+
+    Who closed it may have removed the doorbell before we made it.
+    """
+    if steward.closing():
+        return True
     if os.fstat(arena_fd).st_nlink > 0:
         return False
     steward.set_patience(PATIENCE_MS)
@@ -222,6 +241,14 @@ def _gone_for_good(steward: Steward, arena_fd: int) -> bool:
         return steward.try_close()
     except TimeoutError:
         return False  # whoever was stopped in attaching is about to be its user
+
+
+def _is_given() -> bool:
+    """Return whether stdin is a file: `ensure_running` passes the arena so."""
+    try:
+        return stat.S_ISREG(os.fstat(0).st_mode)
+    except OSError:
+        return False
 
 
 def _is_null_device(fd: int) -> bool:

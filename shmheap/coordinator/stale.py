@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from shmheap.config import Config
     from shmheap.coordinator import SlotKey, Steward
 
-Start = Callable[[str, "Config"], None]
-"""Starts a coordinator for the heap at a path."""
+Start = Callable[[str, "Config", int], None]
+"""Starts a coordinator for the heap at a path, with that open file."""
 
 
 class _NeverWaits:
@@ -81,7 +81,7 @@ def _remove_if_stale(path: str, start: Start) -> bool:
         with suppress(BlockingIOError):  # a coordinator started just now
             if _close(_core.Steward(fd), config, path, os.fstat(fd)):
                 return True
-            start(path, config)
+            start(path, config, fd)
         return False
     finally:
         os.close(fd)

@@ -143,7 +143,7 @@ uint64_t sh_os_pid_namespace(void);
 int sh_os_wait(_Atomic uint32_t *word, uint32_t seen, int wait_ms); /* 0 or errno */
 void sh_os_wake(_Atomic uint32_t *word);
 #define SH_LOG_FAILED 0x80
-int sh_os_spawn_detached(char *const argv[], const char *log_path); /* 0 or errno */
+int sh_os_spawn_detached(char *const argv[], const char *log_path, int input); /* 0 or errno */
 void sh_os_nap(long ns);
 bool sh_os_may_hold(const struct sh_ctx *, uint32_t thread); /* has it the arena mapped? */
 static inline void sh_os_pause(void)

@@ -244,6 +244,7 @@ void sh_os_nap(long ns)
 struct program {
     char *const *argv;
     const char *log_path; /* for stderr; NULL: nowhere */
+    int input;            /* its stdin; -1: nothing */
     volatile int error;   /* errno, with SH_LOG_FAILED if it was the log */
 };
 
@@ -266,14 +267,15 @@ static int open_log(const char *path)
     return log;
 }
 
-/* The grandchild: no terminal, no inherited descriptors. Only async-signal-safe calls: other
- * threads of the parent may hold any lock. */
+/* The grandchild: no terminal, no inherited descriptors but one. Only async-signal-safe calls:
+ * other threads of the parent may hold any lock. */
 static void run_program(struct program *p)
 {
     int null = open("/dev/null", O_RDWR);
     int log = p->log_path ? open_log(p->log_path) : null;
     if (log >= 0) {
-        dup2(null, 0);
+        if (dup2(p->input, 0) < 0)
+            dup2(null, 0);
         dup2(null, 1);
         dup2(log, 2);
         forget_signals();
@@ -302,9 +304,9 @@ static int stand_between(void *program)
  * was the log that could not be opened. Both children run in our memory, which costs the same
  * however much of it there is, while this thread waits. Other threads go on. Nobody's fork handlers
  * run, and no SIGCHLD says that the first one has ended. */
-int sh_os_spawn_detached(char *const argv[], const char *log_path)
+int sh_os_spawn_detached(char *const argv[], const char *log_path, int input)
 {
-    struct program program = {.argv = argv, .log_path = log_path};
+    struct program program = {.argv = argv, .log_path = log_path, .input = input};
     _Alignas(16) char stack[CHILD_STACK_BYTES];
     sigset_t all, before;
     sigfillset(&all); /* a handler of ours must not run in a child */

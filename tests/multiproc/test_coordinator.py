@@ -196,9 +196,9 @@ def test_whoever_finds_it_dead_starts_a_successor(
     started: list[str] = []
     ensure_running = process.ensure_running
 
-    def start(path: str, config: Config) -> None:
+    def start(path: str, config: Config, arena_fd: int) -> None:
         started.append(path)
-        ensure_running(path, config)
+        ensure_running(path, config, arena_fd)
 
     first = coordinator(heap)
     monkeypatch.setattr(process, "ensure_running", start)
@@ -220,7 +220,7 @@ def test_of_all_who_find_none_one_starts_one(heap: Heap, monkeypatch: pytest.Mon
     started: list[str] = []
     others = [Heap.attach(heap.name) for _ in range(5)]
     first = coordinator(heap)
-    monkeypatch.setattr(process, "ensure_running", lambda path, _: started.append(path))
+    monkeypatch.setattr(process, "ensure_running", lambda path, *_: started.append(path))
     kill(first)
     for user in (heap, *others):
         user._held = [user.alloc(300_000) for _ in range(20)]  # type: ignore[attr-defined]
@@ -231,10 +231,35 @@ def test_of_all_who_find_none_one_starts_one(heap: Heap, monkeypatch: pytest.Mon
         user.close()
     monkeypatch.undo()
     assert not heap._may_start()  # it is being started, as far as one can know
-    heap._start_failed()
-    heap._want(0)
+    process.ensure_running(heap._path, heap.config)
     assert coordinator(heap) != first
     assert heap._may_start()  # should that one die, too
+
+
+def test_a_heap_that_lost_its_name_before_its_coordinator_came_had_none(
+    new_heap_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes a heap for itself alone unlinks it at once."""
+    ensure_running = process.ensure_running
+    may_run = threading.Event()
+
+    def start(path: str, config: Config, arena_fd: int) -> None:
+        assert may_run.wait(PATIENCE_S)
+        ensure_running(path, config, arena_fd)
+
+    with Heap.create(new_heap_name(), capacity=64 * MIB) as heap:
+        kill(coordinator(heap))
+        monkeypatch.setattr(process, "ensure_running", start)
+        heap._want(0)
+        heap.unlink()
+        bell = Path(arena.bell_path(arena.bell_name(heap.nonce)))
+        may_run.set()
+        assert heap.gc().trigger == "asked"
+        assert bell.exists()
+        pid = coordinator(heap)
+        with leaves(pid):
+            heap.close()
+    assert not bell.exists()
 
 
 def test_who_allocated_waited_until_a_successor_ran(
@@ -243,9 +268,9 @@ def test_who_allocated_waited_until_a_successor_ran(
     ensure_running = process.ensure_running
     may_run = threading.Event()
 
-    def start(path: str, config: Config) -> None:
+    def start(path: str, config: Config, arena_fd: int) -> None:
         assert may_run.wait(PATIENCE_S)
-        ensure_running(path, config)
+        ensure_running(path, config, arena_fd)
 
     monkeypatch.setattr(process, "ensure_running", start)
     first = coordinator(heap)

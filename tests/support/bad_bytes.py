@@ -142,7 +142,7 @@ def one(name: str, size: int, original: Extents, offset: int, value: int) -> str
 
 
 def run(name: str, changes: list[str]) -> None:
-    process.ensure_running = lambda heap, config: None
+    process.ensure_running = lambda *_: None
     size, original = make_original(name)
     became: Counter[str] = Counter()
     for change in changes:

@@ -73,7 +73,7 @@ def test_how_it_is_started(monkeypatch: pytest.MonkeyPatch, python: str | None) 
     monkeypatch.setattr(process, "_core", spawn)
     process.ensure_running("/dev/shm/x", Config(python=python, log="/dev/null"))
     command = [python or sys.executable, "-P", "-m", "shmheap", "run", "/dev/shm/x"]
-    assert started == [(command, "/dev/null")]
+    assert started == [(command, "/dev/null", -1)]
 
 
 @pytest.mark.parametrize(

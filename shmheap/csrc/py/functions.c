@@ -37,11 +37,12 @@ PyObject *core_read_config(PyObject *self, PyObject *args)
 
 PyObject *core_spawn_detached(PyObject *self, PyObject *args)
 {
+    int input;
     PyObject *list, *log;
     char *argv[32] = {0};
     PyObject *kept[32] = {0};
     (void)self;
-    if (!PyArg_ParseTuple(args, "O!O:spawn_detached", &PyList_Type, &list, &log))
+    if (!PyArg_ParseTuple(args, "O!Oi:spawn_detached", &PyList_Type, &list, &log, &input))
         return NULL;
     Py_ssize_t n = PyList_Size(list);
     int error = n >= 1 && n < 32 ? 0 : E2BIG;
@@ -56,7 +57,7 @@ PyObject *core_spawn_detached(PyObject *self, PyObject *args)
         error = -1;
     if (error == 0) {
         Py_BEGIN_ALLOW_THREADS
-            error = sh_os_spawn_detached(argv, path ? PyBytes_AsString(path) : NULL);
+            error = sh_os_spawn_detached(argv, path ? PyBytes_AsString(path) : NULL, input);
         Py_END_ALLOW_THREADS
     }
     for (Py_ssize_t i = 0; i < 32; i++)

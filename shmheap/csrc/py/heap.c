@@ -484,13 +484,14 @@ static PyObject *heap_may_start(Heap *self, PyObject *unused)
     return box_usable(self->box) ? PyBool_FromLong(sh_may_start(&self->box->ctx)) : NULL;
 }
 
-static PyObject *heap_start_failed(Heap *self, PyObject *unused)
+/* _give_up(): close, and start no coordinator: none can be. Whoever comes next tries again. */
+static PyObject *heap_give_up(Heap *self, PyObject *unused)
 {
-    (void)unused;
     if (!box_usable(self->box))
         return NULL;
+    Py_CLEAR(self->box->bell);
     sh_start_failed(&self->box->ctx);
-    Py_RETURN_NONE;
+    return heap_close(self, unused);
 }
 
 static PyObject *heap_mark_unlinked(Heap *self, PyObject *unused)
@@ -593,7 +594,7 @@ static PyMethodDef heap_methods[] = {
     {"_want", (PyCFunction)heap_want, METH_VARARGS, NULL},
     {"_coordinator_alive", (PyCFunction)heap_coordinator_alive, METH_NOARGS, NULL},
     {"_may_start", (PyCFunction)heap_may_start, METH_NOARGS, NULL},
-    {"_start_failed", (PyCFunction)heap_start_failed, METH_NOARGS, NULL},
+    {"_give_up", (PyCFunction)heap_give_up, METH_NOARGS, NULL},
     {"_keep", (PyCFunction)heap_keep, METH_VARARGS, NULL},
     {"_dump", (PyCFunction)heap_dump, METH_NOARGS, NULL},
     {"_fileno", (PyCFunction)heap_fileno, METH_NOARGS, NULL},
