@@ -12,6 +12,7 @@ A coordinator imports this, so it imports neither pathlib nor secrets: 10 ms of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -23,6 +24,7 @@ import posix_ipc
 from shmheap import _core
 from shmheap.config import Config
 from shmheap.errors import HeapExists, HeapFull, HeapNotFound, UntrustedArena
+from shmheap.limits import first_limit_bytes
 
 __all__ = [
     "DIRECTORY",
@@ -52,8 +54,6 @@ DIRECTORY = "/dev/shm"
 PREFIX = "shmheap"
 MAX_NAME_BYTES = 200
 """With the prefix, the uid and the doorbell's name it stays below the 255 of a file name."""
-
-NO_LIMIT = 1 << 62
 
 BELL_BYTES = 32
 """Of a semaphore's file: sizeof(sem_t) where pointers have 64 bits."""
@@ -122,16 +122,18 @@ def _pid_namespace() -> int:
 
 
 def capacity_of(directory: str | None) -> int:
-    """Return the default capacity: the size of the file system, in bytes."""
+    """Return the default capacity: the size of the file system, or the memory if it has none."""
     found = os.statvfs(directory or DIRECTORY)
-    return found.f_blocks * found.f_frsize
+    return found.f_blocks * found.f_frsize or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGESIZE"
+    )
 
 
 def make_file(path: str, capacity: int, config: Config) -> int:
     """Make an arena of that many bytes, to be given that name: see `give_name`.
 
     Returns its fd, for the caller to close. Raises HeapFull (no room even for the header),
-    ValueError (a capacity that cannot be), OSError.
+    ValueError (a capacity that cannot be, a directory that is in no tmpfs), OSError.
     """
     directory = os.path.dirname(path)
     fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -145,7 +147,7 @@ def make_file(path: str, capacity: int, config: Config) -> int:
 
 
 def _format(fd: int, capacity: int, config: Config) -> None:
-    limit = config.memory_limit_bytes or NO_LIMIT
+    limit = first_limit_bytes(config)
     text = config.to_json().encode()
     if len(text) > _core.MAX_CONFIG_BYTES:
         raise ValueError(
@@ -154,9 +156,14 @@ def _format(fd: int, capacity: int, config: Config) -> None:
     try:
         _core.format(fd, capacity, _random_nonce(), limit, text)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno == errno.ENOSPC:
             raise HeapFull("tmpfs", requested_bytes=_core.HEADER_BYTES) from error
-        if error.errno in (22, 27):  # EINVAL, EFBIG
+        if error.errno == errno.EMEDIUMTYPE:
+            raise ValueError(
+                f"a heap lies in a tmpfs, and {config.directory or DIRECTORY} is in none: set "
+                "Config.directory to a directory of one, or mount one (mount -t tmpfs)"
+            ) from error
+        if error.errno in (errno.EINVAL, errno.EFBIG):
             raise ValueError(f"a heap cannot have a capacity of {capacity} bytes") from error
         raise
 

@@ -34,9 +34,7 @@ __all__ = [
     "UntrustedArena",
 ]
 
-Limit = Literal[
-    "capacity", "memory_limit", "tmpfs", "cgroup", "fragmentation", "handles", "waiting"
-]
+Limit = Literal["capacity", "memory_limit", "tmpfs", "cgroup", "fragmentation", "waiting"]
 
 # limit -> (what was met, what helps)
 _LIMITS: dict[str, tuple[str, str]] = {
@@ -54,16 +52,12 @@ _LIMITS: dict[str, tuple[str, str]] = {
         "mount -o remount,size=1g /dev/shm), or set Config.directory",
     ),
     "cgroup": (
-        "the memory limit of this process's cgroup is reached",
-        "raise the container's memory limit, or set Config.memory_limit below it",
+        "the heap has taken all that the memory limit of its cgroup leaves it",
+        "raise the container's memory limit, or drop blocks, or use less memory beside the heap",
     ),
     "fragmentation": (
         "there are enough free bytes, but no free run of pages is long enough",
         "allocate smaller blocks, drop long-lived ones, or create the heap with a larger capacity",
-    ),
-    "handles": (
-        "this process cannot hold more handles",
-        "drop handles, or keep many small values in one block",
     ),
     "waiting": (
         "every process that allocates waits for memory, and no collection can free any",
@@ -81,14 +75,15 @@ class HeapFull(HeapError, MemoryError):
 
     Args:
         limit: which limit was met: one of "capacity", "memory_limit", "tmpfs", "cgroup",
-            "fragmentation", "handles", "waiting".
+            "fragmentation", "waiting".
         requested_bytes: what was asked for.
-        limit_bytes: the limit's own number, 0 if it has none ("fragmentation", "handles").
+        limit_bytes: the limit's own number; with "cgroup" what the heap may hold, since the rest
+            is taken by others; 0 if it has none ("fragmentation", "waiting").
         capacity_bytes: size of the heap's data area.
         in_use_bytes: bytes of spans in use (``heap_inuse``).
         idle_bytes: bytes of free spans, released or not (``heap_idle``).
         free_bytes: bytes that could still be handed out; with "fragmentation" not in one piece.
-        largest_free_bytes: the longest free run of pages.
+        largest_free_bytes: the longest free run of pages, when the error was made.
         holders: (pid, bytes) of the largest holders, largest first.
         remedy: what helps; chosen by ``limit`` if not given.
         what: what it was for, if not for a block: then it was for ``requested_bytes`` of that.

@@ -116,7 +116,7 @@ class Heap(HeapBase):
                 not do. Nothing is left behind.
             HeapExists: There is a heap of that name.
             HeapFull: The file system has not even room for a heap's tables.
-            ValueError: No heap can have that name or capacity.
+            ValueError: No heap can have that name or capacity, or Config.directory is in no tmpfs.
 
         Cost: some 20 system calls, and the start of the coordinator: 2 ms on an idle machine.
         """
@@ -261,11 +261,15 @@ class Heap(HeapBase):
         for pid, held, _ in self._holders():
             held_by[pid] = held_by.get(pid, 0) + held
         holders = sorted(((p, n) for p, n in held_by.items() if n), key=lambda row: -row[1])
+        allowed, unit, longest = self._room()
+        own = self._config.memory_limit_bytes
         limit_bytes = 0
         if waiting:
             limit = "waiting"
+        elif status == _core.LIMIT and own is not None and own < allowed + unit:
+            limit, limit_bytes = "memory_limit", own
         elif status == _core.LIMIT:
-            limit, limit_bytes = "memory_limit", self._config.memory_limit_bytes or 0
+            limit, limit_bytes = "cgroup", allowed
         elif status == _core.NOSPACE:
             limit, limit_bytes = "tmpfs", arena.capacity_of(self._config.directory)
         elif nbytes <= free:
@@ -280,6 +284,7 @@ class Heap(HeapBase):
             in_use_bytes=stats.heap_inuse,
             idle_bytes=stats.heap_idle,
             free_bytes=free,
+            largest_free_bytes=longest,
             holders=holders[:5],
             what=what,
         )

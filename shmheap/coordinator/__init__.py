@@ -46,6 +46,7 @@ WANT_SCAVENGE: Final = _core.WANT_SCAVENGE
 WANT_MEMORY: Final = _core.WANT_MEMORY  # somebody waits for memory, or met the limit
 WANT_REAP: Final = _core.WANT_REAP
 WANT_LEAVE: Final = _core.WANT_LEAVE
+WANT_LIMIT: Final = _core.WANT_LIMIT  # much was taken since the limit was looked at
 
 # What can be asked for by ticket.
 ASK_GC: Final = _core.ASK_GC
@@ -183,6 +184,9 @@ class Steward(Protocol):
 
     def set_next_gc(self, nbytes: int, /) -> None:
         """Say at which heap_alloc the first collection is due."""
+
+    def set_limit(self, limit_bytes: int, look_bytes: int, /) -> None:
+        """Say how much the heap may hold, and with how much to ring again (WANT_LIMIT)."""
 
     # Scavenging
 

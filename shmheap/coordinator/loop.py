@@ -57,11 +57,12 @@ from shmheap.coordinator.collector import collect, resume
 from shmheap.coordinator.pacing import Plan, Seen
 from shmheap.coordinator.reaper import Reaper
 from shmheap.coordinator.scavenger import scavenge
+from shmheap.limits import limit_and_look_bytes
 from shmheap.stats import HeapStats
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from shmheap.config import Config
     from shmheap.coordinator import Clock, SlotKey, Steward, Wakeup
@@ -89,6 +90,7 @@ class Coordinator:
         trace: told of each wake-up that collected or scavenged.
         log: told of deaths, refusals, and leases that pile up.
         linger: stay on a heap that has no users until it has had one.
+        left_bytes: says what this process's cgroup has left; None: the heap's limit is not ours.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Coordinator:
         log: logging.Logger,
         *,
         linger: bool = False,
+        left_bytes: Callable[[], int | None] | None = None,
     ) -> None:
         self._steward = steward
         self._config = config
@@ -109,6 +112,7 @@ class Coordinator:
         self._trace = trace
         self._log = log
         self._linger = linger
+        self._left_bytes = left_bytes
         self._reaper = Reaper(steward, config, log)
         self._started_ns = clock.monotonic_ns()
         self._next_tick_ns = pacing.next_tick_ns(self._started_ns, config)
@@ -205,11 +209,20 @@ class Coordinator:
             started_ns=self._started_ns,
             stats=stats,
             ticked=ticked,
+            limit_bytes=self._set_limit(stats.committed_bytes),
             memory=bool(wants & WANT_MEMORY) or still_waiting,
             asked_gc=tickets[ASK_GC] > 0,
             asked_aged=tickets[ASK_SCAVENGE_AGED] > 0,
             asked_all=tickets[ASK_SCAVENGE_ALL] > 0,
         )
+
+    def _set_limit(self, held_bytes: int) -> int:
+        """Say anew what the heap may hold, bytes: what the cgroup has left has changed."""
+        left_bytes = self._left_bytes() if self._left_bytes else None
+        limit_bytes, look_bytes = limit_and_look_bytes(held_bytes, left_bytes, self._config)
+        if self._left_bytes:
+            self._steward.set_limit(limit_bytes, look_bytes)
+        return limit_bytes
 
     def _collect_and_scavenge(
         self, plan: Plan, held_bytes: int

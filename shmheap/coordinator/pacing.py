@@ -11,7 +11,7 @@ once when memory is short; and a heap at rest costs a look now and then.
 A collection is due, and its trigger is the first of these that holds:
 
     asked     somebody asked for one
-    memory    somebody waits for memory, or the heap holds Config.memory_limit or more
+    memory    somebody waits for memory, or the heap holds all that it may, or more: see `limits`
     heap      heap_alloc >= next_gc, where the collection before has set
                   next_gc = max(heap_alloc * (1 + gc_percent / 100), 4 MiB * gc_percent / 100)
     forced    now - last_gc >= forced_gc_s
@@ -92,6 +92,7 @@ class Seen:
     started_ns: int  # when this coordinator took over: counts as last_gc where there was none
     stats: HeapStats
     ticked: bool  # a regular look, not only the doorbell
+    limit_bytes: int  # what the heap may hold of the machine
     memory: bool  # somebody waits for memory, or met the limit
     asked_gc: bool = False
     asked_aged: bool = False
@@ -110,7 +111,7 @@ class Plan:
 
 def plan(seen: Seen, config: Config) -> Plan:
     """Decide what one turn does."""
-    short = seen.memory or at_memory_limit(seen.stats, config)
+    short = seen.memory or seen.stats.committed_bytes >= seen.limit_bytes
     return Plan(
         collect=_collect_because(seen, config, short),
         release=_release_because(seen, short),
@@ -161,12 +162,6 @@ def patience_ms(stalls: int) -> int:
 def retry_ns(now_ns: int, stalls: int) -> int:
     """Return when to try again after so many turns in a row that waited in vain."""
     return now_ns + _ns(min(SOON_S * 2 ** min(stalls - 1, 10), LONGEST_RETRY_S))
-
-
-def at_memory_limit(stats: HeapStats, config: Config) -> bool:
-    """Return whether the heap holds as much of the machine as it may."""
-    limit = config.memory_limit_bytes
-    return limit is not None and stats.committed_bytes >= limit
 
 
 def next_gc_bytes(heap_alloc: int, gc_percent: int) -> int:

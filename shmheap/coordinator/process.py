@@ -38,6 +38,7 @@ from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.stale import remove_stale
 from shmheap.coordinator.trace import Trace
 from shmheap.errors import CoordinatorLost
+from shmheap.limits import Cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -151,7 +152,10 @@ def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: boo
         watcher = Watcher(bell_fd)
         if steward.stats()["num_gc"] == 0:
             steward.set_next_gc(next_gc_bytes(0, config.gc_percent))
-        coordinator = Coordinator(steward, config, time, watcher, trace, log, linger=linger)
+        left = Cgroup().left_bytes
+        coordinator = Coordinator(
+            steward, config, time, watcher, trace, log, linger=linger, left_bytes=left
+        )
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             coordinator.stop()

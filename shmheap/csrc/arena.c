@@ -85,8 +85,17 @@ static void init_header(struct sh_header *h, const struct sh_geometry *g, uint64
     atomic_store(&h->phase, SH_IDLE | 1u << 8);
 }
 
+/* Only tmpfs says truly what it holds and lets go of it: a disk's file system has blocks of its own
+ * size and writes them out, ramfs commits and punches nothing, hugetlbfs no file can be read from.
+ */
+static bool is_tmpfs(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && (uint64_t)fs.f_type == TMPFS_MAGIC;
+}
+
 /* Formats an empty file: header and the coordinator's slot. Nothing else is committed. errno:
- * EFBIG, ENOSPC, EINVAL (capacity) and what the calls say. */
+ * EMEDIUMTYPE (no tmpfs), EFBIG, ENOSPC, EINVAL (capacity) and what the calls say. */
 enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t limit_bytes,
                          const char *config, size_t config_bytes)
 {
@@ -94,6 +103,9 @@ enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t lim
     struct stat st;
     uint32_t unit_shift = unit_shift_of(fd);
     uint32_t page_shift = unit_shift > PAGE_SHIFT ? unit_shift : PAGE_SHIFT;
+    errno = EMEDIUMTYPE;
+    if (!is_tmpfs(fd))
+        return SH_SYSTEM;
     errno = EINVAL;
     if (capacity < 1ull << page_shift || capacity >> page_shift > SH_MAX_PAGES ||
         config_bytes > SH_CONFIG_BYTES)
@@ -115,6 +127,7 @@ enum sh_status sh_format(int fd, uint64_t capacity, uint64_t nonce, uint64_t lim
     memcpy(h->config, config, config_bytes);
     h->config_bytes = (uint32_t)config_bytes;
     atomic_store(&h->limit_units, limit_bytes >> unit_shift);
+    atomic_store(&h->look_units, limit_bytes >> unit_shift);
     atomic_store(&h->slots_used, 1);
     sh_os_unmap(c.base, c.geo.slots + sizeof(struct sh_slot));
     return SH_OK;

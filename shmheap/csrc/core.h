@@ -224,6 +224,7 @@ bool sh_pages_take_at(struct sh_ctx *, uint32_t page, uint64_t span); /* heap lo
 enum sh_status sh_pages_give(struct sh_ctx *, const uint32_t *pages, uint32_t n, int wait_ms);
 void sh_tell_waiters(struct sh_ctx *);
 enum sh_status sh_pages_commit(struct sh_ctx *, uint32_t page, uint32_t npages);
+enum sh_status sh_pages_longest(struct sh_ctx *, int wait_ms, uint32_t *longest);
 enum sh_status sh_pages_rebuild(struct sh_ctx *);
 uint64_t sh_units_released(const struct sh_ctx *, uint64_t unit, uint64_t n);
 bool sh_budget(struct sh_ctx *, uint64_t units);

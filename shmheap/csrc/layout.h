@@ -255,7 +255,8 @@ enum {
     SH_WANT_SCAVENGE = 2,
     SH_WANT_MEMORY = 4,
     SH_WANT_REAP = 8,
-    SH_WANT_LEAVE = 16
+    SH_WANT_LEAVE = 16,
+    SH_WANT_LIMIT = 32
 };
 
 #define SH_PAUSES 256u
@@ -294,6 +295,8 @@ struct sh_header {
     _Alignas(SH_LINE) _Atomic uint32_t phase; /* phase | epoch << 8; W: coordinator */
     _Atomic uint32_t waiters;                 /* threads that wait for memory; W: they, reaper */
     _Atomic uint64_t limit_units;             /* soft limit of committed units; W: coordinator */
+    /* with more of them the coordinator is woken to look at the limit; W: coordinator */
+    _Atomic uint64_t look_units;
     _Atomic uint64_t gc_trigger_pages;        /* pages in use that want a GC; W: coordinator */
 
     _Alignas(SH_LINE) _Atomic uint32_t

@@ -505,6 +505,8 @@ bool sh_budget(struct sh_ctx *c, uint64_t units)
             return false;
     } while (!atomic_compare_exchange_weak_explicit(&c->hdr->committed, &was,
                                                     sh_committed_now(was, now), RLX, RLX));
+    if (now > atomic_load_explicit(&c->hdr->look_units, RLX))
+        sh_want(c, SH_WANT_LIMIT);
     return true;
 }
 
@@ -584,6 +586,31 @@ enum sh_status sh_pages_commit(struct sh_ctx *c, uint32_t page, uint32_t npages)
             return s;
         unit += run;
     }
+    return SH_OK;
+}
+
+/* The longest free run, in pages: also of those that no high-water mark has reached. A hint: of
+ * more than SCAN_AT_MOST runs about as long, not all are looked at. */
+enum sh_status sh_pages_longest(struct sh_ctx *c, int wait_ms, uint32_t *longest)
+{
+    enum sh_status s = sh_heap_lock(c, wait_ms);
+    if (s != SH_OK)
+        return s;
+    uint32_t used = (uint32_t)atomic_load_explicit(&c->hdr->used_pages, RLX);
+    uint32_t last = free_run_before(c, used);
+    *longest = c->geo.npages - used + (last == SH_NIL ? 0 : used - last);
+    uint32_t bin = SH_NBINS;
+    while (bin > 0 && c->hdr->bins[bin - 1] == SH_NIL)
+        bin--;
+    uint64_t first = bin > 0 ? c->hdr->bins[bin - 1] : SH_NIL, page = first;
+    for (uint32_t i = 0; i < SCAN_AT_MOST && is_used(c, page); i++) {
+        uint32_t n = SH_SPAN_NPAGES(sh_span(c, (uint32_t)page));
+        *longest = n > *longest ? n : *longest;
+        page = SH_HI(link_of(c, (uint32_t)page));
+        if (page == first)
+            break;
+    }
+    sh_heap_unlock(c);
     return SH_OK;
 }
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from by_hand import HeapByHand
+from machine import cgroup_of, mounted
 from processes import Worker
 
 from shmheap import Block, Config, Heap, HeapFull, _core
@@ -70,6 +73,7 @@ def test_capacity(make: Callable[..., Heap], nbytes: int) -> None:
     assert error.requested_bytes == nbytes
     assert error.capacity_bytes == 16 * MIB
     assert error.in_use_bytes + error.free_bytes == 16 * MIB
+    assert error.largest_free_bytes < max(nbytes, 65536) + 8192
     assert error.holders[0] == (os.getpid(), len(blocks) * nbytes)
     assert error.remedy in str(error)
     again = pickle.loads(pickle.dumps(error))
@@ -93,6 +97,7 @@ def test_fragmentation(make: Callable[..., Heap]) -> None:
         heap.alloc(4 * MIB)
     assert caught.value.limit == "fragmentation"
     assert caught.value.free_bytes >= 4 * MIB
+    assert 200_000 <= caught.value.largest_free_bytes < 4 * MIB
     assert blocks
 
 
@@ -141,11 +146,8 @@ def test_small_blocks_meet_the_memory_limit_too(make: Callable[..., Heap]) -> No
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[str]:
     """A tmpfs of 6 MiB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(tmp_path)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    yield str(tmp_path)
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    with mounted("tmpfs", tmp_path, "size=6m"):
+        yield str(tmp_path)
 
 
 def fill_up(directory: str) -> Path:
@@ -296,6 +298,45 @@ def test_no_room_for_a_heap_at_all(heap_name: str, tiny: str) -> None:
         Heap.create(heap_name, capacity=MIB, config=Config(directory=tiny))
     assert caught.value.limit == "tmpfs"
     assert [path.name for path in Path(tiny).iterdir()] == ["hog"], "nothing half-made is left"
+
+
+# A cgroup
+
+IN_A_CGROUP = """
+import json, sys, shmheap
+folder, name, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+open(folder + "/cgroup.procs", "w").write("0")
+with shmheap.Heap.create(name, capacity="1GiB") as heap:
+    blocks = []
+    try:
+        while True:
+            blocks.append(heap.alloc(nbytes))
+            for at in range(0, nbytes, 4096):
+                blocks[-1][at] = 120
+    except shmheap.HeapFull as error:
+        full = error
+    whole = all(block[at] == 120 for block in blocks for at in range(0, nbytes, 4096))
+    said = [full.limit, full.limit_bytes, len(blocks) * nbytes, whole, str(full)]
+    blocks.clear()
+    heap.check()
+    again = heap.put(bytes(32 << 20))
+    heap.unlink()
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("nbytes", [16, 20 * MIB])
+def test_beyond_its_cgroups_limit_a_process_was_killed(heap_name: str, nbytes: int) -> None:
+    with cgroup_of(128 * MIB) as folder:
+        command = [sys.executable, "-P", "-c", IN_A_CGROUP, folder, heap_name, str(nbytes)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        limit, limit_bytes, got_bytes, whole, text = json.loads(done.stdout)
+    assert limit == "cgroup"
+    assert got_bytes <= limit_bytes < 128 * MIB
+    assert got_bytes >= (40 if nbytes > 100 else 4) * MIB, "handles take memory, too"
+    assert whole
+    assert "its cgroup" in text
 
 
 # Waiting

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,7 @@ class FakeSteward:
         """Calls that need the lock of a process which was stopped inside an operation."""
         self.patience_ms: list[int] = []
         self.closed = False
+        self.limit: tuple[int, int] | None = None
         self.next_gc = pacing.next_gc_bytes(0, config.gc_percent)
         self.last_gc = 0
         self.pauses: list[int] = []
@@ -165,6 +166,9 @@ class FakeSteward:
 
     def set_next_gc(self, nbytes: int) -> None:
         self.next_gc = nbytes
+
+    def set_limit(self, limit_bytes: int, look_bytes: int, /) -> None:
+        self.limit = limit_bytes, look_bytes
 
     def config(self) -> bytes:
         return self._config.to_json().encode()
@@ -381,6 +385,7 @@ class World:
         units: int = 64,
         linger: bool = False,
         script: list[tuple[float, Any]] | None = None,
+        left_bytes: Callable[[], int | None] | None = None,
     ) -> None:
         config = config or Config()
         self.clock = FakeClock()
@@ -395,6 +400,7 @@ class World:
             Trace(self.printed if config.trace else None),
             self._log(),
             linger=linger,
+            left_bytes=left_bytes,
         )
         self.outcome = Outcome.STAYS
 

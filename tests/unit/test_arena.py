@@ -7,12 +7,14 @@ import os
 import socket
 import stat
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from by_hand import HeapByHand
+from machine import is_tmpfs, mounted
 
 import shmheap
 from shmheap import Config, Heap, HeapError, HeapNotFound, UntrustedArena, _core, arena
@@ -132,6 +134,33 @@ def test_a_directory_that_is_not_there(heap_name: str, tmp_path: Path) -> None:
         Heap.create(heap_name, capacity=MIB, config=config)
     with pytest.raises(HeapNotFound):
         Heap.attach(heap_name, directory=config.directory)
+
+
+def test_a_directory_on_a_disk_was_accepted_and_verify_cried_wolf(heap_name: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as disk:
+        if is_tmpfs(disk):
+            pytest.skip("/var/tmp is a tmpfs here")
+        with pytest.raises(ValueError, match=r"Config\.directory.*tmpfs"):
+            Heap.create(heap_name, capacity=MIB, config=Config(directory=disk))
+        assert os.listdir(disk) == []
+
+
+def test_ramfs_gives_nothing_back_and_is_refused(heap_name: str, tmp_path: Path) -> None:
+    with mounted("ramfs", tmp_path), pytest.raises(ValueError, match="tmpfs"):
+        Heap.create(heap_name, capacity=MIB, config=Config(directory=str(tmp_path)))
+
+
+def test_a_tmpfs_without_a_size_made_the_default_capacity_nothing(
+    heap_name: str, tmp_path: Path
+) -> None:
+    config = Config(directory=str(tmp_path))
+    with (
+        mounted("tmpfs", tmp_path, "size=0"),
+        Heap.create(heap_name, config=config) as heap,
+    ):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+        assert 0 <= memory - heap.capacity < 8192
+        heap.unlink()
 
 
 # Files that are not to be believed
@@ -308,16 +337,16 @@ KINDS = [make_directory, make_link, make_dangling_link, make_fifo, make_socket, 
 
 @pytest.mark.parametrize("make", KINDS)
 def test_what_is_no_regular_file_is_not_used(
-    tmp_path: Path, make: Callable[[str], None], heap_name: str
+    folder: str, make: Callable[[str], None], heap_name: str
 ) -> None:
-    path = arena.file_path(heap_name, str(tmp_path))
+    path = arena.file_path(heap_name, folder)
     try:
         make(path)
     except PermissionError:
         pytest.skip("not permitted here")
-    config = Config(directory=str(tmp_path))
+    config = Config(directory=folder)
     with pytest.raises(UntrustedArena):
-        Heap.attach(heap_name, directory=str(tmp_path))
+        Heap.attach(heap_name, directory=folder)
     with pytest.raises(UntrustedArena):
         shmheap.open(heap_name, capacity=MIB, config=config)
     with pytest.raises(shmheap.HeapExists):

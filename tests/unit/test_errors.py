@@ -96,7 +96,7 @@ def test_full_tells_limit_numbers_holders_and_remedy() -> None:
 
 
 def test_full_leaves_out_what_was_not_measured_and_keeps_zeros_that_were() -> None:
-    text = str(HeapFull("handles", requested_bytes=64, remedy="close some"))
+    text = str(HeapFull("capacity", requested_bytes=64, remedy="close some"))
     assert "(capacity 0 B, in use 0 B, idle 0 B, free 0 B); close some" in text
 
 

@@ -145,19 +145,19 @@ def test_default_capacity_is_the_file_system() -> None:
         heap.unlink()
 
 
-def test_a_heap_in_another_directory(heap_name: str) -> None:
-    config = Config(directory="/tmp")
+def test_a_heap_in_another_directory(heap_name: str, folder: str) -> None:
+    config = Config(directory=folder)
     with Heap.create(heap_name, capacity=MIB, config=config) as heap:
-        assert Path(f"/tmp/shmheap.{os.geteuid()}.{heap_name}").exists()
+        assert Path(f"{folder}/shmheap.{os.geteuid()}.{heap_name}").exists()
         with pytest.raises(HeapNotFound):
             Heap.attach(heap_name)
-        with Heap.attach(heap_name, directory="/tmp") as again:
+        with Heap.attach(heap_name, directory=folder) as again:
             block = pickle.loads(pickle.dumps(again.put(b"abc")))
         assert bytes(heap.put(b"x" * 100_000)[:1]) == b"x"
         assert heap.gc().trigger == "asked"
         del block
         heap.unlink()
-        assert not Path(f"/tmp/shmheap.{os.geteuid()}.{heap_name}").exists()
+        assert not Path(f"{folder}/shmheap.{os.geteuid()}.{heap_name}").exists()
 
 
 # Closing

@@ -26,6 +26,7 @@ FACE = "__init__"
 PYTHON_FLOORS = (
     ("errors", "config", "stats", "rss"),
     ("_core",),
+    ("limits",),
     ("arena", "block"),
     ("roots", "containers", "coordinator", "verify"),
     ("heap",),

@@ -271,6 +271,31 @@ def test_a_memory_limit_releases_at_once_whatever_the_age() -> None:
     assert world.clock.monotonic() == 0
 
 
+def test_what_the_cgroup_has_left_is_looked_at_in_each_turn() -> None:
+    left = iter([16 * UNIT, UNIT, 0, 0])
+    world = World(left_bytes=lambda: next(left))
+    process = world.heap.attach()
+    world.turn()
+    assert world.heap.limit == (16 * UNIT, UNIT)
+    world.heap.alloc(process, 3)
+    world.turn()
+    assert world.heap.limit == (4 * UNIT, 3 * UNIT + UNIT // 16)
+    assert steps(world) == []
+    idle(world, process, 1)
+    world.turn()  # nothing is left: what is idle goes back at once
+    assert world.heap.limit == (4 * UNIT, 4 * UNIT)
+    assert steps(world) == ["start_cycle", "sweep", "release"]
+    world.turn()  # and does not come back: it was given to the cgroup
+    assert world.heap.limit == (3 * UNIT, 3 * UNIT)
+
+
+def test_a_heap_whose_limit_is_not_the_coordinators_keeps_it() -> None:
+    world = World()
+    world.heap.attach()
+    world.turn()
+    assert world.heap.limit is None
+
+
 def test_who_waits_gets_what_a_collection_frees() -> None:
     world = World(units=8)
     process = world.heap.attach()

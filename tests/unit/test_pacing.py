@@ -8,6 +8,7 @@ import pytest
 from shmheap.config import Config
 from shmheap.coordinator import pacing
 from shmheap.coordinator.pacing import NEVER, SOON_S, Plan, Seen, plan
+from shmheap.limits import NO_LIMIT
 from shmheap.stats import HeapStats
 
 MIB = 1 << 20
@@ -21,6 +22,7 @@ def stats(**values: Any) -> HeapStats:
 
 def seen(now_s: float = 0, *, started_s: float = 0, **values: Any) -> Seen:
     known: dict[str, Any] = {"stats": stats(), "ticked": False, "memory": False, **values}
+    known.setdefault("limit_bytes", NO_LIMIT)
     return Seen(now_ns=round(now_s * S), started_ns=round(started_s * S), **known)
 
 
@@ -112,7 +114,7 @@ def test_what_is_released_and_why(
 
 @pytest.mark.parametrize(("held", "short"), [(63 * MIB, False), (64 * MIB, True)])
 def test_at_the_memory_limit_memory_is_short(held: int, short: bool) -> None:
-    decided = plan(seen(stats=stats(committed_bytes=held)), Config(memory_limit="64MiB"))
+    decided = plan(seen(stats=stats(committed_bytes=held), limit_bytes=64 * MIB), Config())
     expected = Plan(collect="memory", release="memory", everything=True, short=True)
     assert decided == (expected if short else Plan())
 

@@ -408,6 +408,23 @@ static PyObject *heap_await(Heap *self, PyObject *args)
     return fields;
 }
 
+/* _room() -> (bytes that the heap may hold now, of what units, bytes of the longest free run) */
+static PyObject *heap_room(Heap *self, PyObject *unused)
+{
+    struct box *b = self->box;
+    enum sh_status s;
+    uint32_t longest = 0;
+    (void)unused;
+    if (!box_usable(b))
+        return NULL;
+    WAITING(b, s, sh_pages_longest(&b->ctx, SLICE_MS, &longest));
+    if (s != SH_OK)
+        return fail(b, s);
+    return Py_BuildValue(
+        "KKK", (unsigned long long)atomic_load(&b->ctx.hdr->limit_units) << b->ctx.geo.unit_shift,
+        1ull << b->ctx.geo.unit_shift, (unsigned long long)longest << b->ctx.geo.page_shift);
+}
+
 /* _freed() -> the counter to give to _wait_memory: read before trying to allocate again. */
 static PyObject *heap_freed(Heap *self, PyObject *unused)
 {
@@ -588,6 +605,7 @@ static PyMethodDef heap_methods[] = {
     {"_holders", (PyCFunction)heap_holders, METH_NOARGS, NULL},
     {"_request", (PyCFunction)heap_request, METH_VARARGS, NULL},
     {"_await", (PyCFunction)heap_await, METH_VARARGS, NULL},
+    {"_room", (PyCFunction)heap_room, METH_NOARGS, NULL},
     {"_freed", (PyCFunction)heap_freed, METH_NOARGS, NULL},
     {"_waiting", (PyCFunction)heap_waiting, METH_VARARGS, NULL},
     {"_wait_memory", (PyCFunction)heap_wait_memory, METH_VARARGS, NULL},

@@ -316,10 +316,11 @@ static PyObject *steward_unlinked(Heap *self, PyObject *unused)
 static PyObject *steward_set_limit(Heap *self, PyObject *args)
 {
     struct sh_ctx *c = steward_ctx(self);
-    unsigned long long bytes;
-    if (c == NULL || !PyArg_ParseTuple(args, "K:set_limit", &bytes))
+    unsigned long long limit, look;
+    if (c == NULL || !PyArg_ParseTuple(args, "KK:set_limit", &limit, &look))
         return NULL;
-    atomic_store(&c->hdr->limit_units, bytes >> c->geo.unit_shift);
+    atomic_store(&c->hdr->limit_units, limit >> c->geo.unit_shift);
+    atomic_store(&c->hdr->look_units, look >> c->geo.unit_shift);
     Py_RETURN_NONE;
 }
 
