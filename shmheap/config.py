@@ -68,13 +68,13 @@ class Config:
             minute should not pay each time.
         gc_percent: a collection starts when ``heap_alloc`` has grown by so much since the last
             one; negative: growth starts none (the forced ones stay, since ages come from them).
-        memory_limit: bytes that the heap may hold of the machine; None: no limit but the file
-            system. When it is met everything idle is released at once, whatever its age.
+        memory_limit: bytes that the heap may hold of the machine; None: what its cgroup and its
+            file system allow, which also bound any limit given here. When the limit is met
+            everything idle is released at once, whatever its age, and only then refused.
         lease_grace_s: how long a pickled handle outlives the process that sent it. Thirty
             seconds: long enough for a pipe to be drained, short enough not to be a leak.
         keep: the heap stays when its last user leaves, until it is unlinked.
-        directory: where the heap's file is; None: /dev/shm. Any tmpfs will do. (On a disk's file
-            system a heap works, and is written to the disk; `verify` cannot tell there.)
+        directory: where the heap's file is; None: /dev/shm. Any tmpfs will do, and nothing else.
         trace: print the scavenger's trace to the coordinator's stderr, as SHMHEAP_TRACE=1 does.
         log: file that the coordinator logs to; None: nowhere.
         python: interpreter that runs the coordinator; None: the creator's own.

@@ -127,7 +127,11 @@ class Heap(HeapBase):
         if nbytes <= 0:
             raise ValueError(f"a heap's capacity is at least one page, not {nbytes} bytes")
         fd = arena.make_file(path, nbytes, config)
-        file = os.fstat(fd)
+        try:
+            file = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
         try:
             heap = cls._attached(fd, path, name, new=True)
         except BaseException:
@@ -173,8 +177,8 @@ class Heap(HeapBase):
         heap = cls()
         heap.name = name
         heap._path = path
-        bell = _Bell(path, os.fstat(fd))
         try:
+            bell = _Bell(path, os.fstat(fd))
             heap._config = arena.read_config(fd, path)  # before anything is changed
             if not heap._attach(fd, path, bell.ring):
                 _finish_closing(fd, path)
@@ -538,10 +542,12 @@ class _Bell:
             if self._semaphore is None:
                 self._semaphore = arena.open_bell(self._bell_name)
             self._semaphore.release()
-        except posix_ipc.ExistentialError:
-            self._semaphore = None  # it is about to start, and looks at everything then
         except UntrustedArena as error:
             self.problem = str(error)
+        except (posix_ipc.Error, OSError):
+            # It is about to start, and looks at everything then; or this process can open nothing
+            # now, and it looks at its next tick: no reason to fail what has been done.
+            self._semaphore = None
 
 
 def open(name: str, *, capacity: int | str | None = None, config: Config | None = None) -> Heap:

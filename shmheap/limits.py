@@ -124,7 +124,7 @@ def _cgroups(root: str) -> Iterator[tuple[str, _Names]]:
             kind, _, options = source.split()[:3]
             is_v1 = kind == "cgroup" and "memory" in options.split(",")
             if (is_v1 or kind == "cgroup2") and is_v1 in paths:
-                top = root + point.encode().decode("unicode_escape")
+                top = root + point.replace(r"\040", " ")
                 for directory in _upwards(top, within, paths[is_v1]):
                     yield directory, _V1 if is_v1 else _V2
 

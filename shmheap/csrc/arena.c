@@ -242,8 +242,8 @@ void sh_unmap(struct sh_ctx *c)
         sh_os_unmap((void *)c->forked, (uint64_t)sysconf(_SC_PAGESIZE));
     if (c->base != NULL)
         sh_os_unmap(c->base, c->geo.end);
-    if (c->base != NULL && sh_os_fd_is_ours(c))
-        close(c->fd);
+    if (c->base != NULL)
+        sh_os_close(c);
     memset(c, 0, sizeof *c);
     c->fd = -1;
 }

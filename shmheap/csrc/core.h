@@ -133,6 +133,7 @@ void *sh_os_wiped_on_fork(void);
 int sh_os_commit(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
 int sh_os_unused(struct sh_ctx *, uint64_t off, uint64_t bytes); /* 0 or errno */
 bool sh_os_fd_is_ours(const struct sh_ctx *);
+void sh_os_close(const struct sh_ctx *);
 void *sh_os_hold_byte(const struct sh_ctx *, uint64_t byte,
                       bool inherited); /* NULL and errno EAGAIN: another has it */
 void sh_os_not_inherited(void *held);

@@ -297,7 +297,7 @@ struct sh_header {
     _Atomic uint64_t limit_units;             /* soft limit of committed units; W: coordinator */
     /* with more of them the coordinator is woken to look at the limit; W: coordinator */
     _Atomic uint64_t look_units;
-    _Atomic uint64_t gc_trigger_pages;        /* pages in use that want a GC; W: coordinator */
+    _Atomic uint64_t gc_trigger_pages; /* pages in use that want a GC; W: coordinator */
 
     _Alignas(SH_LINE) _Atomic uint32_t
         freed; /* futex: goes up when memory comes free for a waiter; W: anybody */

@@ -100,6 +100,15 @@ bool sh_os_fd_is_ours(const struct sh_ctx *c)
     return c->fd >= 0 && fstat(c->fd, &st) == 0 && st.st_dev == c->dev && st.st_ino == c->ino;
 }
 
+/* Closes c->fd, unless the number is another file's by now. Who cannot tell closes: a number that
+ * nothing has can be closed. */
+void sh_os_close(const struct sh_ctx *c)
+{
+    struct stat st;
+    if (c->fd >= 0 && (fstat(c->fd, &st) != 0 || (st.st_dev == c->dev && st.st_ino == c->ino)))
+        close(c->fd);
+}
+
 static int commit_step(struct sh_ctx *c, uint64_t off, uint64_t bytes)
 {
     int error;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -201,6 +202,102 @@ def test_somebody_else_fills_the_tmpfs(make: Callable[..., Heap], tiny: str) -> 
     hog.unlink()
     assert bytes(pickle.loads(pickle.dumps(blocks[1]))) == b"y" * 100
     assert len(heap.alloc(MIB)) == MIB
+
+
+SEQUENCE_PAGES = 120
+"""What the sequence below takes of an empty file system, about."""
+
+
+class PagesLeft:
+    """The scripted sequence, in a file system that has so many pages left.
+
+    The process is the coordinator, too; whatever fails must fail with HeapFull.
+    """
+
+    def __init__(self, directory: str, pages: int) -> None:
+        self.directory, self.pages = directory, pages
+        self.name = f"left-{pages}"
+        self.kept: list[object] = []
+        self.refused = 0
+
+    def run(self) -> bool:
+        """Whether all of it had room."""
+        hog = Path(self.directory, "hog")
+        with hog.open("wb") as file:
+            room = os.statvfs(self.directory)
+            os.posix_fallocate(file.fileno(), 0, (room.f_bfree - self.pages) * 4096)
+        try:
+            hand = HeapByHand(self.name, 8 * MIB, Config(directory=self.directory))
+        except HeapFull as error:
+            self._refuse(error)
+        else:
+            with hand:
+                self._use(hand)
+                hog.unlink()
+                hand.assert_sound()
+                before, self.refused = self.refused, 0
+                self._use(hand)
+                assert self.refused == 0, "what failed for want of room goes well with it"
+                hand.assert_sound()
+                self.refused = before
+        hog.unlink(missing_ok=True)
+        for left in Path(self.directory).iterdir():  # made, and then there was no room for a user
+            left.unlink()
+        return self.refused == 0
+
+    def _use(self, hand: HeapByHand) -> None:
+        heap = hand.heap
+        heap._reclaim = lambda timeout_s=0.0: (hand.collect(), hand.release())  # type: ignore
+        acts: list[Callable[[], object]] = [
+            lambda: heap.alloc(64),
+            lambda: heap.put(b"x" * 3000),
+            lambda: heap.alloc(200_000),
+            lambda: pickle.loads(pickle.dumps(self._block())),
+            lambda: [copy.copy(self._block()) for _ in range(1100)],
+            lambda: heap.roots.__setitem__("name", self._block()),
+            lambda: Heap.attach(self.name, directory=self.directory).close(),
+            lambda: (self.kept.clear(), hand.collect(), hand.release()),
+            lambda: heap.put(bytes(300_000)),
+            lambda: [heap.put(b"y" * 40) for _ in range(300)],
+        ]
+        for act in acts:
+            try:
+                self.kept.append(act())
+            except HeapFull as error:
+                self._refuse(error)
+        assert heap._check() == []
+        for block in self.kept:
+            assert not isinstance(block, Block) or bytes(block)[:1] in (b"x", b"\0")
+        self.kept.clear()
+
+    def _refuse(self, error: HeapFull) -> None:
+        assert error.limit == "tmpfs", str(error)
+        self.refused += 1
+
+    def _block(self) -> Block:
+        found = [block for block in self.kept if isinstance(block, Block)]
+        if not found:
+            raise HeapFull("tmpfs")
+        return found[0]
+
+
+def run_pages_left(directory: str, pages: range) -> None:
+    whole = [PagesLeft(directory, left).run() for left in pages]
+    assert whole[-1], "the last of them has room for all of it"
+    assert not any(whole[: len(whole) // 2])
+
+
+def test_every_number_of_pages_left(tmp_path: Path) -> None:
+    """Every tenth of them; every one with SH_TEST_SCALE=10."""
+    step = max(1, 10 // int(os.environ.get("SH_TEST_SCALE", "1")))
+    with mounted("tmpfs", tmp_path, "size=4m"):
+        pages = range(0, SEQUENCE_PAGES + step, step)
+        process = multiprocessing.get_context("fork").Process(
+            target=run_pages_left, args=(str(tmp_path), pages)
+        )
+        process.start()
+        process.join()
+    assert process.exitcode == 0, "neither an error nor SIGBUS"
 
 
 # Handles, leases and names take memory, too
