@@ -15,12 +15,13 @@ import hashlib
 import os
 import pickle
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import posix_ipc
-from by_hand import HeapByHand
+from by_hand import PATIENCE_S, HeapByHand
 
 import shmheap.heap
 from shmheap import Block, Config, Heap, HeapError, _core, arena
@@ -329,8 +330,13 @@ def _take_over(name: str, path: str) -> None:
 
 
 def _reap(steward: _core.Steward) -> None:
+    given_up = time.monotonic() + PATIENCE_S
     for slot in steward.slots():
-        if slot[0] != 0 and not steward.alive(slot[0]):
+        # A program that it was starting gives its memory, and the lock, back a moment after exec.
+        while slot[0] != 0 and steward.alive(slot[0]) and time.monotonic() < given_up:
+            time.sleep(0.001)
+        if slot[0] != 0:
+            assert not steward.alive(slot[0]), "a process that is gone still looks alive"
             steward.reap(slot[0], 1 << 62)
     steward.start_cycle()
     steward.mark()
