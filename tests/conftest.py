@@ -23,14 +23,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
 
 @pytest.fixture
-def folder() -> Iterator[str]:
-    """A folder in a tmpfs, where nobody else's heaps are."""
-    path = tempfile.mkdtemp(dir="/dev/shm", prefix="shmheap-test.")
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
 def heap(heap_name: str) -> Iterator[shmheap.Heap]:
     """A small heap of this test alone, with a coordinator."""
     import shmheap  # here: the tests of tools and layers need no core

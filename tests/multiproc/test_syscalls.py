@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import posix_ipc
 import pytest
 
-from shmheap import Heap
-from shmheap import heap as heap_module
+from shmheap import Heap, arena
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "syscalls.py"
 
@@ -57,17 +57,17 @@ def test_a_heap_stayed_whose_maker_could_not_look_at_it() -> None:
     run_tool("--op", "create", "--error", "EACCES", "--call", "fstat", "--call", "newfstatat")
 
 
-def test_a_bell_that_could_not_be_opened_failed_what_was_done(
+def test_a_bell_that_could_not_be_looked_at_failed_what_was_done(
     heap_name: str,
 ) -> None:
     def refuse(_name: str) -> None:
-        raise posix_ipc.PermissionsError("Permission denied")
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with Heap.create(heap_name, capacity="16MiB") as heap:
         while not heap._coordinator_alive():
             heap.gc()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heap_module.posix_ipc, "Semaphore", refuse)
+            patch.setattr(arena, "open_bell", refuse)
             with Heap.attach(heap_name) as again:
                 assert bytes(again.put(b"x" * 100_000)[:1]) == b"x"
         heap.unlink()
