@@ -237,13 +237,16 @@ static enum sh_status judge_suspects(struct sh_ctx *c, struct sweep *s)
         uint64_t span = s->span[i];
         uint32_t page = s->page[i];
         if (sh_span(c, page) != span || /* before the word: it was written before the span */
-            atomic_load(sh_words(c, page, SH_LARGE_TIER)) != s->word[i] ||
-            !atomic_compare_exchange_strong(
+            atomic_load(sh_words(c, page, SH_LARGE_TIER)) != s->word[i])
+            continue;
+        /* Lost, and ours. The generation first: a successor gives back what is RELEASING. */
+        uint64_t mark = atomic_load(&sh_page(c, page)->mark);
+        atomic_store(&sh_page(c, page)->mark, (mark & SH_PAGE_TIERS) | SH_GEN(s->word[i]));
+        if (!atomic_compare_exchange_strong(
                 &sh_page(c, page)->span, &span,
                 SH_SPAN(SH_RELEASING, 0, c->owner, SH_SPAN_NPAGES(span))))
             continue;
-        uint64_t mark = atomic_load(&sh_page(c, page)->mark);
-        atomic_store(&sh_page(c, page)->mark, (mark & SH_PAGE_TIERS) | SH_GEN(s->word[i]));
+        SH_CRASH("gc:judged");
         status = sh_give(c, &page, 1);
     }
     return status;

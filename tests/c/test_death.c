@@ -378,6 +378,37 @@ static void test_successor_crash_points(void)
     die_at_points(act_as_successor, undoing);
 }
 
+/* The generation of a large block went with a coordinator that had taken a dead process's run and
+ * died before it wrote the generation down: the next block there had the address and the generation
+ * of a handle that was still about. */
+static void test_a_run_taken_from_the_dead_keeps_its_generation(void)
+{
+    struct scene *s = calloc(1, sizeof *s);
+    struct sh_ctx c;
+    s->fd = arena_new(CAPACITY, NO_LIMIT);
+    arena_join(&s->witness, s->fd);
+    arena_join(&c, s->fd);
+    struct sh_ref r = block_new(&c, 100000);
+    struct handle stale = handle_of(&c, &r);
+    CHECK_OK(sh_enter(&c, 1000));
+    sh_pin_clear(&c, r.pin);
+    CHECK(sh_count_down(r.word, r.gen, 0) == SH_FREED); /* and dies before the run is its own */
+    sh_leave(&c);
+    arena_die(&c);
+    s->point = "gc:judged";
+    s->nth = 1;
+    CHECK(!child_survives(act_as_coordinator, s, NULL, 0));
+    arena_lead(&s->lead, s->fd);
+    r = block_new(&s->witness, 100000);
+    CHECK(sh_data_offset(&s->witness, &r) == stale.off && r.gen > stale.gen);
+    block_drop(&s->witness, &r);
+    arena_leave(&s->witness);
+    nothing_must_be_left(&s->lead);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
 static void wait_for_memory(void *arg)
 {
     struct scene *s = arg;
@@ -451,6 +482,8 @@ int main(int argc, char **argv)
         {"user_crash_points", test_user_crash_points},
         {"coordinator_crash_points", test_coordinator_crash_points},
         {"successor_crash_points", test_successor_crash_points},
+        {"a_run_taken_from_the_dead_keeps_its_generation",
+         test_a_run_taken_from_the_dead_keeps_its_generation},
         {"a_taker_that_dies_leaves_no_lease_on_the_books",
          test_a_taker_that_dies_leaves_no_lease_on_the_books},
         {"a_waiter_that_dies_is_not_subtracted_twice",

@@ -573,8 +573,13 @@ inline sweep() {
               ok=(sp[k]==LARGE);                                   /* the record first: it was written after the word */
               if :: ok -> ok=(st[k+2]==FREE && gen[k+2]==g) :: else fi;
 #endif
+#ifndef BUG_JUDGE_KEEP_LATE
+              if :: ok -> atomic { assert(sp[k]==LARGE); keep_large(k) } :: else fi;   /* before RELEASING, which a successor gives back */
+#endif
               if :: ok -> atomic { if :: sp[k]==LARGE -> assert(st[k+2]!=LIVE); sp[k]=RELEASING :: else -> ok=0 fi } :: else fi;
+#ifdef BUG_JUDGE_KEEP_LATE
               if :: ok -> atomic { keep_large(k) } :: else fi
+#endif
            :: else
            fi
         fi
