@@ -631,7 +631,7 @@ inline aside(x_) { atomic { if :: COVERS(x_,u) && st[x_]==FREE -> word(x_); st[x
 #else
 #define PUNCHABLE (stamp[u] && ALL_HOLES(u))
 #endif
-#define QUIET (kdone && done[0] && done[1])
+#define QUIET kdone
 
 proctype coll() {
   byte a, act, step, k, n, need, b, g, u, w; bit ok, won, fresh, locked;
@@ -737,9 +737,8 @@ proctype killer() {
   :: k<KILLS && !dead[1] && !done[1] -> k++; dead[1]=1
 #endif
   :: ck<CKILLS && ckill==0 -> ck++; ckill=1
-  :: break
-  od;
-  atomic { ckill==0 -> k=0; ck=0; kdone=1 }
+  :: atomic { done[0] && done[1] && ckill==0 -> k=0; ck=0; kdone=1; break }       /* earlier, it would only kill less */
+  od
 }
 
 #define LIVE_WORD(w,n) st[w]=LIVE; cnt[w]=n
