@@ -37,7 +37,7 @@ from shmheap.coordinator.pacing import PATIENCE_MS, next_gc_bytes
 from shmheap.coordinator.reaper import Watcher
 from shmheap.coordinator.stale import remove_stale
 from shmheap.coordinator.trace import Trace
-from shmheap.errors import CoordinatorLost
+from shmheap.errors import CoordinatorLost, HeapError
 from shmheap.limits import Cgroup
 
 if TYPE_CHECKING:
@@ -133,10 +133,19 @@ def _open(heap: str) -> tuple[int, str]:
     if not (is_detached() and _is_given()):
         return open_arena(heap)
     arena_fd, _ = open_arena("/proc/self/fd/0")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
+    _replace(0, os.open(os.devnull, os.O_RDONLY))
+    with contextlib.suppress(HeapError):
+        named_fd, _ = open_arena(heap)
+        if os.path.samestat(os.fstat(named_fd), os.fstat(arena_fd)):
+            _replace(arena_fd, named_fd)  # opened by its name it shows that to `shmheap ls`
+        else:
+            os.close(named_fd)
     return arena_fd, heap
+
+
+def _replace(fd: int, by_fd: int) -> None:
+    os.dup2(by_fd, fd, inheritable=False)
+    os.close(by_fd)
 
 
 def _take_place(arena_fd: int) -> Steward:
