@@ -100,9 +100,9 @@ def build(folder: Path) -> tuple[Path, Path]:
         subprocess.run([compiler, "-pthread", "-o", str(program), *objects], check=True)
         return program
 
-    block = ROOT / "shmheap/csrc/block.c"
-    others = [source for source in sources if source != block]
-    jobs = [(block, "block", []), (block, "split", [CONTROL])]
+    word = ROOT / "shmheap/csrc/word.c"
+    others = [source for source in sources if source != word]
+    jobs = [(word, "word", []), (word, "split", [CONTROL])]
     jobs += [(source, source.stem, []) for source in others]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole, split, *rest = pool.map(compile_one, jobs)

@@ -232,6 +232,7 @@ enum sh_status sh_map(struct sh_ctx *c, int fd, bool writable)
 /* The context must be detached. Closes the descriptor that sh_map took. */
 void sh_unmap(struct sh_ctx *c)
 {
+    sh_trace_end(c);
     if (c->pspan_at != NULL && c->pin_spans != NULL)
         sh_pspans_forget(c);
     if (c->pspan_at != NULL)
@@ -285,7 +286,9 @@ const char *sh_fault_text(uint32_t fault)
                                        "a run that is not its giver's was given back, page",
                                        "handles in use have lost their span, page",
                                        "the table of named roots is damaged, entry",
-                                       "a named root stands for a block that is gone, entry"};
+                                       "a named root stands for a block that is gone, entry",
+                                       "a list of dying nodes is damaged, word",
+                                       "a node is damaged, word"};
     static_assert(sizeof text / sizeof text[0] == SH_NFAULTS, "each has a text");
     return fault < SH_NFAULTS ? text[fault] : "the word that would say what is damaged itself,";
 }

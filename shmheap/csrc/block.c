@@ -1,207 +1,16 @@
 /*
- * Blocks: the word that says whether one lives, and what users do with them.
- *
- * One 64-bit word per block holds state, generation, count and the epoch that touched it, and
- * changes by compare-and-swap only (DESIGN section 6). The order of every operation errs on the
- * high side (I-6): count up, then write the holder; clear the holder, then count down.
+ * What users do with blocks: allocate, drop, hand over.
  *
  *     alloc    bitmap -> CAS FREE -> LIVE count 1 -> pin
  *     drop     (touch) -> pin cleared -> CAS count 1 -> FREE, next generation -> back into a bitmap
  *
  * An operation holds its own process's lock from reading the phase to its last step (rule 4), and
- * no other lock. A large block's pages go back after the lock is left.
+ * no other lock. A large block's pages go back after the lock is left, and so do the references of
+ * a node (drop.c).
  */
 #include "core.h"
 
 #include <string.h>
-
-/* Words */
-
-#define COUNTED(w) ((w) & ~SH_TOUCH_MASK)
-
-static inline uint64_t touched_now(uint64_t w, uint32_t phase)
-{
-    return sh_phase_of(phase) == SH_IDLE ? w : COUNTED(w) | sh_touch_of(phase);
-}
-
-static inline bool is_live(uint64_t w, uint64_t gen)
-{
-    return SH_BSTATE(w) == SH_BLOCK_LIVE && SH_GEN(w) == gen;
-}
-
-/* Rule 5. False: the block is gone. */
-bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
-{
-    uint64_t w = atomic_load_explicit(word, ACQ), new;
-    do {
-        if (!is_live(w, gen))
-            return false;
-#ifdef SH_SPLIT_CAS /* may count another block by now: the control of tools/use_after_free.py */
-        sh_os_pause();
-        w = atomic_load_explicit(word, ACQ);
-#endif
-        new = SH_COUNT(w) == SH_COUNT_MAX ? w : w + SH_COUNT_ONE; /* a full count sticks */
-        new = touched_now(new, phase);
-    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
-    return true;
-}
-
-/* Rules 2 and 5. The holder was cleared before. SH_FREED: it was the last one, and we freed it. */
-enum sh_drop sh_count_down(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
-{
-    uint64_t w = atomic_load_explicit(word, ACQ), new;
-    do {
-        if (!is_live(w, gen) || SH_COUNT(w) == 0)
-            return SH_GONE;
-        if (SH_COUNT(w) == 1)
-            new = SH_BLOCK_WORD(SH_BLOCK_FREE, gen + 1);
-        else
-            new = touched_now(SH_COUNT(w) == SH_COUNT_MAX ? w : w - SH_COUNT_ONE, phase);
-    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
-    return SH_COUNT(w) == 1 ? SH_FREED : SH_DROPPED;
-}
-
-/* Rule 6: before any holder is cleared while a collection runs. */
-void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase)
-{
-    uint64_t w = atomic_load_explicit(word, ACQ), new;
-    do {
-        new = touched_now(w, phase);
-        if (new == w || !is_live(w, gen))
-            return;
-    } while (!atomic_compare_exchange_weak_explicit(word, &w, new, ACQR, ACQ));
-}
-
-static inline uint32_t phase_of(const struct sh_ctx *c)
-{
-    return atomic_load_explicit(&c->slot->phase, RLX);
-}
-
-/* Sizes. A block of a class that is larger than asked for says in its last bytes by how much: one
- * byte below 128, else four with the top bit set. So a size costs no metadata. */
-
-static void write_padding(uint8_t *end, uint64_t padding)
-{
-    uint32_t wide = 0x80000000u | (uint32_t)padding;
-    if (padding < 128)
-        end[-1] = (uint8_t)padding;
-    else
-        memcpy(end - 4, &wide, 4);
-}
-
-/* The collector's recount reads it of blocks that may be freed and made anew meanwhile, and throws
- * the sum away if any was: a race by design, which the thread sanitizer shall not see. */
-__attribute__((no_sanitize("thread"))) static uint64_t read_padding(const uint8_t *end,
-                                                                    uint64_t size)
-{
-    uint32_t wide;
-    uint64_t padding = end[-1];
-    if (padding >= 128) {
-        memcpy(&wide, end - 4, 4);
-        padding = wide & 0x7fffffffu;
-    }
-    return padding < size ? padding : size;
-}
-
-uint64_t sh_block_bytes(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w)
-{
-    if (r->kind == SH_KIND_LARGE) {
-        uint64_t n = atomic_load_explicit(&sh_page(c, r->page)->link, RLX);
-        uint64_t room = (uint64_t)SH_SPAN_NPAGES(sh_span(c, r->page)) << c->geo.page_shift;
-        return n < room ? n : room;
-    }
-    uint64_t size = c->kinds[r->kind].size;
-    return w & SH_PADDED ? size - read_padding(r->data + size, size) : size;
-}
-
-/* Finding a block */
-
-uint64_t sh_data_offset(const struct sh_ctx *c, const struct sh_ref *r)
-{
-    return (uint64_t)(r->data - c->base) - c->geo.data;
-}
-
-static bool page_in_use(const struct sh_ctx *c, uint64_t page)
-{
-    return page < atomic_load_explicit(&c->hdr->used_pages, ACQ) && page < c->geo.npages;
-}
-
-/* The span in use that a page lies in: its record, and its first page. */
-static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, uint64_t *span)
-{
-    if (!page_in_use(c, page))
-        return false;
-    *head = (uint32_t)page;
-    *span = sh_span(c, *head);
-    if (SH_SPAN_STATE(*span) == SH_NONE) {
-        *head = SH_HI(atomic_load_explicit(&sh_page(c, (uint32_t)page)->head, ACQ));
-        if (*head > page)
-            return false;
-        *span = sh_span(c, *head);
-    }
-    uint32_t state = SH_SPAN_STATE(*span);
-    return (state == SH_LARGE || state == SH_SMALL) && page - *head < SH_SPAN_NPAGES(*span) &&
-           sh_span_fits(c, *head, *span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
-}
-
-static void fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
-                     uint32_t index)
-{
-    bool large = SH_SPAN_STATE(span) == SH_LARGE;
-    r->page = head;
-    r->kind = large ? SH_KIND_LARGE : SH_SPAN_KIND(span);
-    r->data = sh_data(c, head) + (large ? 0 : (uint64_t)index * c->kinds[r->kind].size);
-    r->word =
-        sh_words(c, head, large ? SH_LARGE_TIER : c->kinds[r->kind].tier) + (large ? 0 : index);
-}
-
-/* From a handle's offset in the data area. */
-static bool locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
-{
-    uint32_t head, index = 0;
-    uint64_t span;
-    if (off >= c->geo.capacity || !span_of_page(c, off >> c->geo.page_shift, &head, &span))
-        return false;
-    uint64_t inside = off - ((uint64_t)head << c->geo.page_shift);
-    if (SH_SPAN_STATE(span) == SH_LARGE) {
-        if (inside != 0)
-            return false;
-    } else {
-        const struct sh_class *class = &sh_classes[SH_SPAN_KIND(span)];
-        index = sh_block_index(class, inside);
-        if ((uint64_t)index * class->size != inside ||
-            index >= c->kinds[SH_SPAN_KIND(span)].nblocks)
-            return false;
-    }
-    fill_ref(c, r, head, span, index);
-    return true;
-}
-
-static bool tier_of_word(const struct sh_ctx *c, uint64_t off, uint32_t *tier)
-{
-    for (*tier = 0; *tier < SH_NTIERS; ++*tier)
-        if (off >= c->geo.words[*tier] &&
-            off < c->geo.words[*tier] + c->geo.npages * sh_stride(c, *tier))
-            return true;
-    return false;
-}
-
-/* From a cell's word number. */
-bool sh_locate(const struct sh_ctx *c, uint64_t word_number, struct sh_ref *r)
-{
-    uint32_t tier, head;
-    uint64_t span, off = word_number * 8;
-    if (!tier_of_word(c, off, &tier) ||
-        !span_of_page(c, (off - c->geo.words[tier]) / sh_stride(c, tier), &head, &span))
-        return false;
-    uint64_t index = (off - c->geo.words[tier] - head * sh_stride(c, tier)) / 8;
-    bool large = SH_SPAN_STATE(span) == SH_LARGE;
-    const struct sh_kind *k = large ? NULL : &c->kinds[SH_SPAN_KIND(span)];
-    if (large ? tier != SH_LARGE_TIER || index != 0 : tier != k->tier || index >= k->nblocks)
-        return false;
-    fill_ref(c, r, head, span, (uint32_t)index);
-    return true;
-}
 
 /* Pins (I-7). Locked by the process lock */
 
@@ -237,51 +46,90 @@ static bool pins_left(struct sh_ctx *c)
 
 /* Allocation */
 
-/* A block of the class, pinned. SH_SLOW: no block or no pin is known to be free. The caller zeroes.
- * Cost: the process lock, one compare-and-swap, one store. */
-enum sh_status sh_alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, struct sh_ref *r)
+/* What a block is to be: `head` is that of a node, 0 of a leaf. */
+
+/* A node is one before it lives: a death after that drops what it says that it holds. */
+static void make_node(uint8_t *data, uint64_t nbytes, uint64_t head)
+{
+    memset(data, 0, nbytes);
+    atomic_store_explicit(&((struct sh_node *)data)->head, head, RLX);
+}
+
+/* Makes a FREE block of a span of ours LIVE, count 1. False: the hint was wrong. */
+static inline bool come_alive(struct sh_ctx *c, const struct sh_kind *k, uint64_t head,
+                              struct sh_ref *r)
+{
+    uint64_t w = atomic_load_explicit(r->word, ACQ), padding = k->size - r->nbytes;
+    if (SH_BSTATE(w) != SH_BLOCK_FREE || SH_GEN(w) == SH_GEN_MAX)
+        return false;
+    uint64_t new = SH_BLOCK_WORD(SH_BLOCK_LIVE, SH_GEN(w)) | SH_COUNT_ONE;
+    if (padding != 0) {
+        sh_write_padding(r->data + k->size, padding);
+        new |= SH_PADDED;
+    }
+    if (head != 0) {
+        make_node(r->data, r->nbytes, head);
+        new |= SH_NODE;
+    }
+    r->gen = SH_GEN(w);
+    return atomic_compare_exchange_strong_explicit(r->word, &w, sh_touched(new, sh_phase(c)), ACQR,
+                                                   RLX);
+}
+
+/* A block of the class, LIVE with count 1, for which the caller writes a holder before it leaves
+ * the lock. SH_SLOW: none is known to be free. Locked. */
+static inline enum sh_status take(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, uint64_t head,
+                                  struct sh_ref *r)
+{
+    const struct sh_kind *k = &c->kinds[kind];
+    struct sh_pspan *s;
+    int64_t index;
+    while ((index = sh_pspan_pop(c, kind, &s)) >= 0) {
+        r->word = sh_words(c, s->page, k->tier) + index;
+        r->data = sh_data(c, s->page) + (uint64_t)index * k->size;
+        r->nbytes = nbytes;
+        if (!come_alive(c, k, head, r))
+            continue;
+        r->page = s->page;
+        r->kind = kind;
+        sh_bump(&c->slot->mallocs, 1);
+        sh_bump(&c->slot->alloc_bytes, nbytes);
+        return SH_OK;
+    }
+    return SH_SLOW;
+}
+
+enum sh_status sh_take(struct sh_ctx *c, uint64_t nbytes, uint64_t head, struct sh_ref *r)
+{
+    return take(c, sh_class_of((uint32_t)nbytes), nbytes, head, r);
+}
+
+static inline enum sh_status alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes,
+                                        uint64_t head, struct sh_ref *r)
 {
     enum sh_status status = sh_enter(c, 0);
     if (status != SH_OK)
         return status;
-    const struct sh_kind *k = &c->kinds[kind];
-    uint32_t phase = phase_of(c);
-    uint64_t padding = k->size - nbytes;
-    struct sh_pspan *s;
-    int64_t index;
-    status = SH_SLOW;
-    while (pins_left(c) && (index = sh_pspan_pop(c, kind, &s)) >= 0) {
-        r->word = sh_words(c, s->page, k->tier) + index;
-        r->data = sh_data(c, s->page) + (uint64_t)index * k->size;
-        uint64_t w = atomic_load_explicit(r->word, ACQ);
-        if (SH_BSTATE(w) != SH_BLOCK_FREE || SH_GEN(w) == SH_GEN_MAX)
-            continue; /* the hint was wrong */
-        uint64_t new = touched_now(SH_BLOCK_WORD(SH_BLOCK_LIVE, SH_GEN(w)) | SH_COUNT_ONE, phase);
-        if (padding != 0) {
-            write_padding(r->data + k->size, padding);
-            new |= SH_PADDED;
-        }
-        if (!atomic_compare_exchange_strong_explicit(r->word, &w, new, ACQR, RLX))
-            continue;
-        r->gen = SH_GEN(w);
-        r->page = s->page;
-        r->kind = kind;
-        r->nbytes = nbytes;
+    status = pins_left(c) ? take(c, kind, nbytes, head, r) : SH_SLOW;
+    if (status == SH_OK)
         status = sh_pin(c, r);
-        sh_bump(&c->slot->mallocs, 1);
-        sh_bump(&c->slot->alloc_bytes, nbytes);
-        break;
-    }
     sh_leave(c);
     return status;
 }
 
-static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms,
-                                  struct sh_ref *r)
+/* A leaf of the class, pinned. SH_SLOW: no block or no pin is known to be free. The caller zeroes.
+ * Cost: the process lock, one compare-and-swap, one store. */
+enum sh_status sh_alloc_fast(struct sh_ctx *c, uint32_t kind, uint64_t nbytes, struct sh_ref *r)
+{
+    return alloc_fast(c, kind, nbytes, 0, r);
+}
+
+static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, uint64_t head, bool zero,
+                                  int wait_ms, struct sh_ref *r)
 {
     uint32_t kind = sh_class_of((uint32_t)nbytes);
     enum sh_status status;
-    while ((status = sh_alloc_fast(c, kind, nbytes, r)) == SH_SLOW || status == SH_BUSY) {
+    while ((status = alloc_fast(c, kind, nbytes, head, r)) == SH_SLOW || status == SH_BUSY) {
         status = sh_refill(c, SH_KIND_PINS, wait_ms);
         if (status == SH_OK)
             status = sh_refill(c, kind, wait_ms);
@@ -312,7 +160,7 @@ static void clean_units(struct sh_ctx *c, uint32_t page, uint32_t npages, bool z
 /* The run becomes a block, and ours, in one section under the process lock. The word first: where a
  * span is LARGE and its word is not LIVE, a block is being freed, or a death has left it so. */
 static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t npages,
-                                    uint64_t nbytes, struct sh_ref *r)
+                                    uint64_t nbytes, uint64_t head, struct sh_ref *r)
 {
     enum sh_status status = sh_enter(c, 60000);
     if (status != SH_OK)
@@ -322,13 +170,15 @@ static enum sh_status publish_large(struct sh_ctx *c, uint32_t page, uint32_t np
         return SH_SLOW;
     }
     uint64_t span = SH_SPAN(SH_LARGE, SH_KIND_LARGE, 0, npages);
-    fill_ref(c, r, page, span, 0);
+    sh_fill_ref(c, r, page, span, 0);
     r->gen = atomic_load_explicit(&sh_page(c, page)->mark, RLX) & SH_GEN_MAX;
     r->nbytes = nbytes;
     atomic_store_explicit(&sh_page(c, page)->link, nbytes, RLX);
     atomic_store_explicit(&sh_page(c, page)->head, SH_PAIR(page, 0), RLX);
-    uint64_t w = SH_BLOCK_WORD(SH_BLOCK_LIVE, r->gen) | SH_COUNT_ONE;
-    atomic_store_explicit(r->word, touched_now(w, phase_of(c)), REL);
+    uint64_t w = SH_BLOCK_WORD(SH_BLOCK_LIVE, r->gen) | SH_COUNT_ONE | (head ? SH_NODE : 0);
+    if (head != 0) /* zeroed by clean_units */
+        atomic_store_explicit(&((struct sh_node *)r->data)->head, head, RLX);
+    atomic_store_explicit(r->word, sh_touched(w, sh_phase(c)), REL);
     sh_set_span(c, page, span);
     status = sh_pin(c, r);
     sh_bump(&c->slot->mallocs, 1);
@@ -354,8 +204,8 @@ static enum sh_status take_large(struct sh_ctx *c, uint32_t npages, int wait_ms,
     }
 }
 
-static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms,
-                                  struct sh_ref *r)
+static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, uint64_t head, bool zero,
+                                  int wait_ms, struct sh_ref *r)
 {
     uint64_t npages = (nbytes + (1ull << c->geo.page_shift) - 1) >> c->geo.page_shift;
     uint32_t page;
@@ -369,10 +219,20 @@ static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, 
     do {
         status = sh_refill(c, SH_KIND_PINS, 60000);
         if (status == SH_OK)
-            status = publish_large(c, page, (uint32_t)npages, nbytes, r);
+            status = publish_large(c, page, (uint32_t)npages, nbytes, head, r);
     } while (status == SH_SLOW);
     if (status != SH_OK)
         sh_pages_give(c, &page, 1, 60000);
+    return status;
+}
+
+static enum sh_status alloc(struct sh_ctx *c, uint64_t nbytes, uint64_t head, bool zero,
+                            int wait_ms, struct sh_ref *r)
+{
+    enum sh_status status = nbytes <= SH_MAX_SMALL ? alloc_small(c, nbytes, head, zero, wait_ms, r)
+                                                   : alloc_large(c, nbytes, head, zero, wait_ms, r);
+    if (c->ndeferred != 0)
+        sh_flush(c, 0);
     return status;
 }
 
@@ -380,76 +240,18 @@ static enum sh_status alloc_large(struct sh_ctx *c, uint64_t nbytes, bool zero, 
  * block is known, the heap lock and perhaps system calls. */
 enum sh_status sh_alloc(struct sh_ctx *c, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *r)
 {
-    enum sh_status status = nbytes <= SH_MAX_SMALL ? alloc_small(c, nbytes, zero, wait_ms, r)
-                                                   : alloc_large(c, nbytes, zero, wait_ms, r);
-    if (c->ndeferred != 0)
-        sh_flush(c, 0);
-    return status;
+    return alloc(c, nbytes, 0, zero, wait_ms, r);
 }
 
-/* Freeing */
-
-/* We made the block FREE: find it a place where it is found again. Locked. */
-void sh_block_freed(struct sh_ctx *c, const struct sh_ref *r)
+/* The same of a node: nrefs references, and `more` bytes behind them, all 0. */
+enum sh_status sh_node_new(struct sh_ctx *c, uint32_t kind, uint32_t nrefs, uint64_t more,
+                           int wait_ms, struct sh_ref *r)
 {
-    uint64_t span = sh_span(c, r->page);
-    if (r->kind != SH_KIND_LARGE) {
-        sh_span_freed(c, r->page, span, r->word);
-    } else if (SH_SPAN_STATE(span) != SH_LARGE) {
-        sh_corrupt(c, SH_FAULT_SPAN, r->page);
-    } else {
-        uint64_t mark = atomic_load_explicit(&sh_page(c, r->page)->mark, RLX);
-        uint64_t gen = SH_GEN(atomic_load_explicit(r->word, RLX));
-        atomic_store_explicit(&sh_page(c, r->page)->mark, (mark & SH_PAGE_TIERS) | gen, RLX);
-        sh_set_span(c, r->page, SH_SPAN(SH_RESERVED, 0, c->owner, SH_SPAN_NPAGES(span)));
-        sh_defer(c, r->page);
-    }
-    if (c->slot != NULL) {
-        sh_bump(&c->slot->frees, 1);
-        sh_bump(&c->slot->freed_bytes, r->nbytes);
-    }
-    if (atomic_load_explicit(&c->hdr->waiters, memory_order_seq_cst) != 0)
-        c->ring_waiters = true;
+    uint64_t nbytes = sizeof(struct sh_node) + 8ull * nrefs + more;
+    return alloc(c, nbytes, SH_NODE_HEAD(kind, nrefs), nbytes > SH_MAX_SMALL, wait_ms, r);
 }
 
-enum sh_status sh_after_free(struct sh_ctx *c)
-{
-    if (c->ring_waiters) {
-        c->ring_waiters = false;
-        atomic_fetch_add(&c->hdr->freed, 1);
-        sh_os_wake(&c->hdr->freed);
-    }
-    return c->ndeferred == 0 || sh_flush(c, 0) == SH_OK ? SH_OK : SH_DEFERRED;
-}
-
-static void defer_again(struct sh_ctx *c, const uint32_t *pages, uint32_t n)
-{
-    while (sh_enter(c, 1000) == SH_BUSY) {
-    }
-    for (uint32_t i = 0; i < n; i++)
-        sh_defer(c, pages[i]);
-    sh_leave(c);
-}
-
-/* Gives back the runs that were put aside under the process lock. */
-enum sh_status sh_flush(struct sh_ctx *c, int wait_ms)
-{
-    for (;;) {
-        uint32_t pages[SH_GIVE_MAX];
-        enum sh_status status = sh_enter(c, wait_ms);
-        if (status != SH_OK)
-            return status;
-        uint32_t n = sh_undefer(c, pages, SH_GIVE_MAX);
-        sh_leave(c);
-        if (n == 0)
-            return SH_OK;
-        status = sh_pages_give(c, pages, n, wait_ms);
-        if (status != SH_OK) {
-            defer_again(c, pages, n);
-            return status;
-        }
-    }
-}
+/* Dropping */
 
 /* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost:
  * the process lock and one compare-and-swap; a large block also the heap lock. */
@@ -458,14 +260,13 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
     enum sh_status status = sh_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
-    uint32_t phase = phase_of(c);
+    uint32_t phase = sh_phase(c);
     if (sh_phase_of(phase) != SH_IDLE)
         sh_touch(r->word, r->gen, phase);
 #ifndef SH_I6_REVERSED /* the wrong order: a negative control of tools/killpoints.py */
     sh_pin_clear(c, r->pin);
 #endif
-    if (sh_count_down(r->word, r->gen, phase) == SH_FREED)
-        sh_block_freed(c, r);
+    sh_count_down(c, r, phase);
 #ifdef SH_I6_REVERSED
     sh_pin_clear(c, r->pin);
 #endif
@@ -476,7 +277,7 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
 
 /* Handles */
 
-static enum sh_status enter_with_pin(struct sh_ctx *c, int wait_ms)
+enum sh_status sh_enter_with_pin(struct sh_ctx *c, int wait_ms)
 {
     for (;;) {
         enum sh_status status = sh_refill(c, SH_KIND_PINS, wait_ms);
@@ -491,11 +292,11 @@ static enum sh_status enter_with_pin(struct sh_ctx *c, int wait_ms)
 /* A second pin on a block that we hold. */
 enum sh_status sh_repin(struct sh_ctx *c, const struct sh_ref *r, int wait_ms, struct sh_ref *out)
 {
-    enum sh_status status = enter_with_pin(c, wait_ms);
+    enum sh_status status = sh_enter_with_pin(c, wait_ms);
     if (status != SH_OK)
         return status;
     *out = *r;
-    status = sh_count_up(r->word, r->gen, phase_of(c)) ? sh_pin(c, out) : SH_STALE;
+    status = sh_count_up(r->word, r->gen, sh_phase(c)) ? sh_pin(c, out) : SH_STALE;
     sh_leave(c);
     return status;
 }
@@ -516,7 +317,7 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
         return SH_BUSY;
     }
     struct sh_lease *lease = (struct sh_lease *)sh_data(c, s->page) + index;
-    if (sh_count_up(r->word, r->gen, phase_of(c))) {
+    if (sh_count_up(r->word, r->gen, sh_phase(c))) {
         c->lease_seq = (c->lease_seq + 1) & SH_CELL_LOW_MASK;
         atomic_store_explicit(&lease->made_ns, sh_os_now_ns(), RLX);
         atomic_store_explicit(&lease->cell, SH_LEASE_CELL(sh_word_number(c, r->word), c->lease_seq),
@@ -536,7 +337,7 @@ enum sh_status sh_lease_make(struct sh_ctx *c, const struct sh_ref *r, int wait_
 static struct sh_lease *find_lease(struct sh_ctx *c, uint64_t cell_off, uint32_t *slot)
 {
     if (cell_off % sizeof(struct sh_lease) != 0 || cell_off >= c->geo.capacity ||
-        !page_in_use(c, cell_off >> c->geo.page_shift))
+        !sh_page_in_use(c, cell_off >> c->geo.page_shift))
         return NULL;
     uint64_t span = sh_span(c, (uint32_t)(cell_off >> c->geo.page_shift));
     if (SH_SPAN_STATE(span) != SH_LEASES)
@@ -566,12 +367,12 @@ static void lease_taken(struct sh_ctx *c, uint32_t slot)
  * that appeared in between left a count too low (found by the model). */
 static bool take_lease(struct sh_ctx *c, const struct sh_ref *r, uint64_t cell_off, uint32_t seq)
 {
-    uint32_t owner, phase = phase_of(c);
+    uint32_t owner, phase = sh_phase(c);
     struct sh_lease *lease = find_lease(c, cell_off, &owner);
     uint64_t cell = SH_LEASE_CELL(sh_word_number(c, r->word), seq);
     if (lease == NULL || peek(lease) != cell)
         return false;
-    if (!is_live(atomic_load_explicit(r->word, ACQ), r->gen))
+    if (!sh_is_live(atomic_load_explicit(r->word, ACQ), r->gen))
         return false; /* another block's lease, whose number came round to this one's */
     sh_touch(r->word, r->gen, phase);
     if (!atomic_compare_exchange_strong_explicit(&lease->cell, &cell, 0, ACQR, ACQ))
@@ -593,7 +394,7 @@ static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, 
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ);
     uint32_t p = missed_the_end(c) ? SH_IDLE : sh_phase_of(phase);
-    if (!is_live(w, r->gen))
+    if (!sh_is_live(w, r->gen))
         return SH_STALE;
     if (p == SH_FINAL)
         return SH_AGAIN;
@@ -606,14 +407,14 @@ static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, 
 enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off,
                         uint32_t seq, int wait_ms, struct sh_ref *r)
 {
-    enum sh_status status = enter_with_pin(c, wait_ms);
+    enum sh_status status = sh_enter_with_pin(c, wait_ms);
     if (status != SH_OK)
         return status;
     r->gen = gen;
-    if (!locate_data(c, data_off, r))
+    if (!sh_locate_data(c, data_off, r))
         status = SH_STALE;
     else if (!take_lease(c, r, cell_off, seq))
-        status = resurrect(c, r, phase_of(c));
+        status = resurrect(c, r, sh_phase(c));
     if (status == SH_AGAIN && !sh_alive(c, 0))
         c->ring = true; /* it died in FINAL: its successor starts again */
     if (status == SH_OK) {
@@ -635,13 +436,12 @@ enum sh_status sh_lease_drop(struct sh_ctx *c, uint64_t data_off, uint64_t gen, 
     if (status != SH_OK)
         return status;
     status = SH_STALE;
-    if (locate_data(c, data_off, &r)) {
+    if (sh_locate_data(c, data_off, &r)) {
         uint64_t w = atomic_load_explicit(r.word, ACQ); /* the lease, if it is there, keeps it so */
         r.nbytes = sh_block_bytes(c, &r, w);
         if (take_lease(c, &r, cell_off, seq)) {
             status = SH_OK;
-            if (sh_count_down(r.word, r.gen, phase_of(c)) == SH_FREED)
-                sh_block_freed(c, &r);
+            sh_count_down(c, &r, sh_phase(c));
         }
     }
     sh_leave(c);

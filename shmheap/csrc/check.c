@@ -69,6 +69,10 @@ static void check_word(struct checker *k, uint32_t page, uint64_t span, uint32_t
             sh_span(k->c, page) == span)
             wrong(k, "I-5", "block %u of the span at page %u lives in a page that is not committed",
                   index, page);
+    } else if (state == SH_BLOCK_DYING) {
+        if (!(w & SH_NODE) || SH_COUNT(w) >= sh_slots_used(k->c))
+            wrong(k, "I-6", "block %u of the span at page %u dies by nobody, or is no node", index,
+                  page);
     } else if (w >> SH_GEN_BITS != state << (SH_BSTATE_SHIFT - SH_GEN_BITS)) {
         wrong(k, "I-6", "block %u of the span at page %u is not live but has holders or marks",
               index, page);
@@ -277,7 +281,9 @@ static enum sh_status check_names(struct checker *k)
 struct holder {
     uint64_t word, cell;
     const _Atomic uint64_t *at;
-    uint32_t page; /* of the span the cell is in; SH_NIL: a root */
+    uint32_t page;                /* of the span the cell is in; SH_NIL: a root */
+    const _Atomic uint64_t *node; /* a reference: the word of its node, which had generation gen */
+    uint64_t gen;
 };
 
 struct holders {
@@ -299,11 +305,19 @@ static bool add_holder(struct holders *a, const struct holder *one)
     return true;
 }
 
-/* The cells of a span may be looked at while it is what it was: locked, so that they are not
- * punched. */
-static bool cells_are_there(struct checker *k, uint32_t page, uint32_t state)
+static bool is_node(uint64_t w, uint64_t gen)
 {
-    return page == SH_NIL || SH_SPAN_STATE(sh_span(k->c, page)) == state;
+    bool there = SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING;
+    return there && w & SH_NODE && SH_GEN(w) == gen;
+}
+
+/* A cell may be looked at while span or node is what it was: locked, so that it is not punched. */
+static bool cell_is_there(struct checker *k, const struct holder *h)
+{
+    if (h->node != NULL)
+        return is_node(atomic_load_explicit(h->node, ACQ), h->gen);
+    uint32_t state = h->page == SH_NIL ? SH_PINS : SH_SPAN_STATE(sh_span(k->c, h->page));
+    return state == SH_PINS || state == SH_LEASES;
 }
 
 static bool unchanged(const struct holder *h)
@@ -311,43 +325,91 @@ static bool unchanged(const struct holder *h)
     return atomic_load_explicit(h->at, ACQ) == h->cell;
 }
 
-/* Looks at one cell. `generation`: it holds one, too (a lease holds a number instead). */
-static bool look_at(struct checker *k, struct holders *a, const _Atomic uint64_t *at, uint32_t page,
-                    bool generation)
+/* Looks at one cell. `kind`: of holder; a lease has a number where others have a generation. */
+static bool look_at(struct checker *k, struct holders *a, struct holder h, const char *kind)
 {
     struct sh_ref r;
-    struct holder h = {.cell = atomic_load_explicit(at, ACQ), .at = at, .page = page};
-    if (h.cell == 0)
+    bool generation = kind[0] != 'l';
+    h.cell = atomic_load_explicit(h.at, ACQ);
+    if (h.cell == 0 || (h.node != NULL && !SH_REF_IS_CELL(h.cell)))
         return true;
     h.word = SH_CELL_WORD(h.cell);
     bool found = sh_locate(k->c, h.word, &r);
     uint64_t w = found ? atomic_load_explicit(r.word, ACQ) : 0;
     bool other = found && generation && (SH_GEN(w) & SH_CELL_LOW_MASK) != SH_CELL_LOW(h.cell);
-    if ((!found || SH_BSTATE(w) != SH_BLOCK_LIVE || other) && unchanged(&h)) {
-        wrong(k, "I-6", "a holder (%s) names word %llu, where %s",
-              page == SH_NIL ? "a root"
-              : generation   ? "a pin"
-                             : "a lease",
+    if (found && SH_BSTATE(w) == SH_BLOCK_LIVE && !other)
+        return add_holder(a, &h);
+    if (cell_is_there(k, &h) && unchanged(&h))
+        wrong(k, "I-6", "a holder (a %s) names word %llu, where %s", kind,
               (unsigned long long)h.word,
               !found  ? "no block is"
               : other ? "another generation is"
                       : "the block is dead");
-        return true;
+    return true;
+}
+
+/* Spans are looked at with our process lock held, so that nothing of them is punched. */
+
+static enum sh_status add_cells(struct checker *k, struct holders *a, uint32_t page, uint64_t span)
+{
+    bool pins = SH_SPAN_STATE(span) == SH_PINS;
+    uint32_t kind = pins ? SH_KIND_PINS : SH_KIND_LEASES;
+    const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(k->c, page);
+    uint32_t step = k->c->kinds[kind].size / 8;
+    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks && sh_span(k->c, page) == span; i++) {
+        struct holder h = {.at = &cells[(uint64_t)i * step], .page = page};
+        if (!look_at(k, a, h, pins ? "pin" : "lease"))
+            return SH_NOMEM;
     }
-    return add_holder(a, &h);
+    return SH_OK;
+}
+
+static enum sh_status add_refs(struct checker *k, struct holders *a, uint32_t page,
+                               const _Atomic uint64_t *word)
+{
+    struct sh_ref r;
+    uint64_t w = atomic_load_explicit(word, ACQ);
+    if (!is_node(w, SH_GEN(w)) || !sh_locate(k->c, sh_word_number(k->c, word), &r))
+        return SH_OK;
+    const struct sh_node *n = (const struct sh_node *)r.data;
+    uint64_t head = atomic_load_explicit(&n->head, ACQ);
+    bool fits = sh_node_fits(head, sh_block_bytes(k->c, &r, w));
+    if (!is_node(atomic_load_explicit(word, ACQ), SH_GEN(w)))
+        return SH_OK;
+    if (!fits)
+        wrong(k, "I-6", "the node of word %llu has %u references, more than bytes",
+              (unsigned long long)sh_word_number(k->c, word), SH_NODE_NREFS(head));
+    for (uint32_t i = 0; fits && i < SH_NODE_NREFS(head); i++) {
+        struct holder h = {.at = &n->ref[i], .page = page, .node = word, .gen = SH_GEN(w)};
+        if (!look_at(k, a, h, "reference"))
+            return SH_NOMEM;
+    }
+    return SH_OK;
+}
+
+static enum sh_status add_nodes(struct checker *k, struct holders *a, uint32_t page, uint64_t span)
+{
+    bool large = SH_SPAN_STATE(span) == SH_LARGE;
+    const struct sh_kind *kind = large ? NULL : &k->c->kinds[SH_SPAN_KIND(span)];
+    const _Atomic uint64_t *words = sh_words(k->c, page, large ? SH_LARGE_TIER : kind->tier);
+    enum sh_status status = SH_OK;
+    for (uint32_t i = 0; i < (large ? 1 : kind->nblocks) && status == SH_OK; i++)
+        if (sh_span(k->c, page) == span)
+            status = add_refs(k, a, page, &words[i]);
+    return status;
 }
 
 static enum sh_status add_span(struct checker *k, struct holders *a, uint32_t page, uint64_t span)
 {
-    uint32_t state = SH_SPAN_STATE(span), kind = state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES;
-    const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(k->c, page);
-    uint32_t step = k->c->kinds[kind].size / 8;
+    uint32_t state = SH_SPAN_STATE(span);
+    bool cells = state == SH_PINS || state == SH_LEASES;
+    if (!cells && state != SH_SMALL && state != SH_LARGE)
+        return SH_OK;
     enum sh_status status = sh_enter(k->c, 60000);
     if (status != SH_OK)
         return status;
-    for (uint32_t i = 0; i < k->c->kinds[kind].nblocks && sh_span(k->c, page) == span; i++)
-        if (!look_at(k, a, &cells[(uint64_t)i * step], page, state == SH_PINS))
-            status = SH_NOMEM;
+    if (sh_span(k->c, page) == span)
+        status = (cells ? add_cells : add_nodes)(k, a, page, span);
     sh_leave(k->c);
     return status;
 }
@@ -357,7 +419,7 @@ static bool add_roots(struct checker *k, struct holders *a)
     const struct sh_root *roots = (const struct sh_root *)(k->c->base + k->c->geo.roots);
     uint64_t used = atomic_load_explicit((_Atomic uint64_t *)&k->c->hdr->roots_used, ACQ);
     for (uint64_t i = 0; i < used && i < SH_MAX_ROOTS; i++) /* one without a name has no cell */
-        if (!look_at(k, a, &roots[i].cell, SH_NIL, true))
+        if (!look_at(k, a, (struct holder){.at = &roots[i].cell, .page = SH_NIL}, "root"))
             return false;
     return true;
 }
@@ -371,8 +433,6 @@ static enum sh_status gather(struct checker *k, struct holders *a)
     if (!add_roots(k, a))
         return SH_NOMEM;
     while ((status = sh_walk_next(k->c, &walk, &page, &span)) == SH_OK) {
-        if (SH_SPAN_STATE(span) != SH_PINS && SH_SPAN_STATE(span) != SH_LEASES)
-            continue;
         status = add_span(k, a, page, span);
         if (status != SH_OK)
             return status;
@@ -391,8 +451,7 @@ static uint64_t still_holding(struct checker *k, const struct holder *h, uint64_
 {
     uint64_t held = 0;
     for (uint64_t i = 0; i < n; i++)
-        if (cells_are_there(k, h[i].page, SH_PINS) || cells_are_there(k, h[i].page, SH_LEASES))
-            held += unchanged(&h[i]);
+        held += cell_is_there(k, &h[i]) && unchanged(&h[i]);
     return held;
 }
 

@@ -264,6 +264,20 @@ static enum sh_status finish_predecessor(struct sh_ctx *c, uint32_t page, uint64
     return SH_SPAN_STATE(span) == SH_SMALL ? end_small(c, page, span) : finish_run(c, page, span);
 }
 
+/* Works off all that is dying by a slot of a dead process, or by the coordinator's. */
+static void bury(struct sh_ctx *c, uint32_t slot, uint32_t phase)
+{
+    while (sh_bury(c, slot, 4096, phase))
+        if (c->ndeferred >= BATCH)
+            sh_give_all(c);
+}
+
+/* Somebody died, perhaps between two steps of what is counted. */
+static void recount_all(struct sh_ctx *c)
+{
+    c->recount_blocks = c->recount_units = c->recount_leases = c->recount_holders = true;
+}
+
 /* Takes over as coordinator. *phase: that of a collection that was under way. Cost: a walk over the
  * span records. */
 enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
@@ -274,9 +288,10 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     bool nobody_looks = false; /* the other may have died between claiming and its handshake */
     enum sh_status status;
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
-    c->recount_blocks = c->recount_units = c->recount_leases = true;
+    recount_all(c);
     atomic_store(&c->hdr->borrowed_pages, 0);
     atomic_store(&c->hdr->started_ms, 0);
+    bury(c, 0, SH_IDLE); /* garbage of the other's sweep, or what the dead had left */
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (!is_unfinished(c, page, span))
             continue;
@@ -308,10 +323,9 @@ static bool drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen, u
     SH_CRASH("reap:seen");
     if (!atomic_compare_exchange_strong(cell, &seen, 0))
         return false;
-    if (!found || sh_count_down(r.word, r.gen, phase) != SH_FREED)
+    if (!found || sh_count_down(c, &r, phase) != SH_FREED)
         return true;
     *bytes += r.nbytes;
-    sh_block_freed(c, &r);
     if (c->ndeferred >= BATCH)
         sh_give_all(c);
     return true;
@@ -431,12 +445,14 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
         return SH_OK;
     uint64_t owner = SH_OWNER(slot, atomic_load(&s->incarnation));
     r->done = true;
-    c->recount_blocks = c->recount_units = c->recount_leases = true;
+    recount_all(c);
     if (atomic_load(&s->ended_ns) == 0)
         atomic_store(&s->ended_ns, sh_os_now_ns());
     enum sh_status status = set_state(c, s, SH_SLOT_DEAD);
     if (status == SH_OK)
         status = reap_pass(c, owner, true, lease_cutoff_ns, r);
+    bury(c, slot, sh_phase(c)); /* its lock is nobody's any more */
+    bury(c, 0, sh_phase(c));
     SH_CRASH("reap:cells");
     if (status == SH_OK)
         status = sh_handshake(c, -1); /* before anything of it is punched */

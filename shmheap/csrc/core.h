@@ -281,19 +281,34 @@ void sh_hint_remote(struct sh_ctx *, uint32_t page, uint64_t span);
 void sh_block_units(const struct sh_ctx *, uint32_t kind, uint32_t index, uint32_t *first,
                     uint32_t *last);
 
-/* block.c */
+/* word.c */
+bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
+void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
+void sh_write_padding(uint8_t *end, uint64_t padding);
+uint64_t sh_block_bytes(const struct sh_ctx *, const struct sh_ref *, uint64_t word);
+bool sh_page_in_use(const struct sh_ctx *, uint64_t page);
+void sh_fill_ref(const struct sh_ctx *, struct sh_ref *, uint32_t head, uint64_t span,
+                 uint32_t index);
+bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
+bool sh_locate_data(const struct sh_ctx *, uint64_t off, struct sh_ref *);
+uint64_t sh_cell_of(const struct sh_ctx *, const struct sh_ref *);
+bool sh_find_cell(const struct sh_ctx *, uint64_t cell, struct sh_ref *);
+
+/* drop.c. Locked, but for the last two */
 enum sh_drop {
     SH_DROPPED,
     SH_FREED,
     SH_GONE
 };
-enum sh_drop sh_count_down(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
-bool sh_count_up(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
-void sh_touch(_Atomic uint64_t *word, uint64_t gen, uint32_t phase);
-void sh_block_freed(struct sh_ctx *, const struct sh_ref *); /* locked */
-uint64_t sh_block_bytes(const struct sh_ctx *, const struct sh_ref *, uint64_t word);
+enum sh_drop sh_count_down(struct sh_ctx *, const struct sh_ref *, uint32_t phase);
+bool sh_end_life(struct sh_ctx *, const struct sh_ref *, uint64_t *word);
+void sh_block_freed(struct sh_ctx *, const struct sh_ref *);
+bool sh_bury(struct sh_ctx *, uint32_t slot, uint32_t n, uint32_t phase);
 enum sh_status sh_after_free(struct sh_ctx *);
-bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
+
+/* block.c */
+/* locked; SH_SLOW: no free block is known. The caller writes a holder before it leaves the lock. */
+enum sh_status sh_take(struct sh_ctx *, uint64_t nbytes, uint64_t head, struct sh_ref *);
 enum sh_status sh_pin(struct sh_ctx *, struct sh_ref *); /* locked; SH_SLOW: no cell */
 void sh_pin_clear(struct sh_ctx *, uint32_t pin);        /* locked: the cell only */
 void sh_pin_free(struct sh_ctx *, uint32_t pin);         /* locked: may be taken again */
@@ -304,8 +319,17 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
     return (_Atomic uint64_t *)sh_data(c, c->pin_spans[pin >> shift]->page) +
            (pin & ((1u << shift) - 1));
 }
+enum sh_status sh_enter_with_pin(struct sh_ctx *, int wait_ms);
+
+/* node.c. Locked */
+bool sh_hold_cell(struct sh_ctx *, uint64_t cell, struct sh_ref *);
+bool sh_swap_ref(struct sh_ctx *, _Atomic uint64_t *at, uint64_t old, uint64_t new);
+
 /* roots.c */
 enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);
+
+/* mark.c */
+void sh_trace_end(struct sh_ctx *);
 
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
@@ -328,6 +352,25 @@ static inline uint32_t sh_phase_of(uint32_t phase)
 static inline uint64_t sh_touch_of(uint32_t phase)
 {
     return (uint64_t)((phase >> 8) & 0x3fu) << SH_TOUCH_SHIFT;
+}
+static inline uint32_t sh_phase(const struct sh_ctx *c)
+{
+    return atomic_load_explicit(&c->slot->phase, RLX);
+}
+
+/* A block word, touched if a collection is under way. */
+static inline uint64_t sh_touched(uint64_t w, uint32_t phase)
+{
+    return sh_phase_of(phase) == SH_IDLE ? w : (w & ~SH_TOUCH_MASK) | sh_touch_of(phase);
+}
+static inline bool sh_is_live(uint64_t w, uint64_t gen)
+{
+    return SH_BSTATE(w) == SH_BLOCK_LIVE && SH_GEN(w) == gen;
+}
+static inline bool sh_node_fits(uint64_t head, uint64_t nbytes)
+{
+    return nbytes >= sizeof(struct sh_node) &&
+           SH_NODE_NREFS(head) <= (nbytes - sizeof(struct sh_node)) / 8;
 }
 
 #endif

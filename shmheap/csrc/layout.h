@@ -87,8 +87,8 @@ struct sh_slot {
     _Atomic uint32_t refused;   /* wait_seen + 1 that was refused, 0: none; W: coordinator, owner */
     _Atomic uint64_t remote[2]; /* classes others freed into, a bit each; W: anybody */
     _Atomic uint32_t leases_taken; /* 1: cells of ours were cleared; W: anybody */
-    _Atomic uint32_t dying;        /* reserved for node blocks: dying list, page or NIL */
-    _Atomic uint64_t ended_ns;     /* when its end was noticed, 0 = not; W: coordinator */
+    uint32_t unused1;
+    _Atomic uint64_t ended_ns; /* when its end was noticed, 0 = not; W: coordinator */
 
     /* Statistics, W: owner, and the reaper of a dead one; L: lock. Hints: the collector's walk is
      * the truth. */
@@ -101,7 +101,11 @@ struct sh_slot {
      * subtracts, after the cell and under the process lock. A death may leave it too high until the
      * next collection. */
     _Atomic uint64_t leases;
-    uint64_t unused1[2 + 8]; /* the line beside the next slot's lock stays ours */
+    /* Nodes that are DYING by this slot, word numbers, 0 = none: the first of the list, and the one
+     * on its way into it or out of it (rule 9). W: owner, reaper; L: lock. */
+    _Atomic uint64_t dying;
+    _Atomic uint64_t transit;
+    uint64_t unused2[8]; /* the line beside the next slot's lock stays ours */
 };
 static_assert(sizeof(struct sh_slot) == 256, "a slot is four lines");
 
@@ -173,7 +177,8 @@ enum sh_unit_state {
 #define SH_STAMP_MAX     ((1u << 29) - 1)
 
 /* A block word: state:2 node:1 mark:1 padded:1 touched:6 count:16 generation:37. Changed by CAS
- * only (DESIGN section 6). */
+ * only (DESIGN section 6). Of a DYING node, count is the slot that works it off, and generation the
+ * one that the next block there will have. */
 enum sh_block_state {
     SH_BLOCK_FREE,
     SH_BLOCK_LIVE,
@@ -198,14 +203,36 @@ enum sh_block_state {
 #define SH_BSTATE(w)    ((w) >> SH_BSTATE_SHIFT)
 #define SH_BLOCK_WORD(state, gen) (((uint64_t)(state) << SH_BSTATE_SHIFT) | (gen))
 
-/* A cell that holds a block: word number:40 (offset of the block word / 8), lease:1, and 23 bits of
- * the generation, or of the lease's number. Never 0. The one bit keeps a late taker of a lease off
- * the pin that came to lie where the lease was. */
+/* A cell that holds a block: frozen:1 (of a reference), word number:39 (offset of the block word /
+ * 8), lease:1, and 23 bits of the generation, or of the lease's number. Never 0. The one bit keeps
+ * a late taker of a lease off the pin that came to lie where the lease was. */
 #define SH_CELL_LOW_MASK            0x7fffffu
 #define SH_PIN_CELL(word, gen)      ((uint64_t)(word) << 24 | ((gen) & SH_CELL_LOW_MASK))
 #define SH_LEASE_CELL(word, number) (SH_PIN_CELL(word, number) | 1u << 23)
-#define SH_CELL_WORD(cell)          ((cell) >> 24)
+#define SH_CELL_WORD(cell)          ((cell) >> 24 & ((1ull << 39) - 1))
 #define SH_CELL_LOW(cell)           ((uint32_t)((cell) & SH_CELL_LOW_MASK))
+
+/* A node: a block that holds others (rules 5 to 9). Its references are cells as of pins, or 0, or,
+ * with the lease's bit, 63 bits of something else that are no reference. What is behind them
+ * belongs to the node's kind (containers). nbytes of the block say how much that is. */
+enum sh_node_kind {
+    SH_NODE_PLAIN = 1, /* references alone */
+    SH_NODE_KINDS
+};
+
+struct sh_node {
+    /* references:32 and above them kind:8. W: who makes the node, before it lives; when it dies,
+     * who works it off, down to 0 references. */
+    _Atomic uint64_t head;
+    _Atomic uint64_t next; /* of a DYING node: the next one in its slot's list. W: that slot */
+    _Atomic uint64_t ref[];
+};
+#define SH_NODE_HEAD(kind, nrefs) ((uint64_t)(kind) << 32 | (uint32_t)(nrefs))
+#define SH_NODE_NREFS(head)       ((uint32_t)(head))
+#define SH_NODE_KIND(head)        ((uint32_t)((head) >> 32) & 0xffu)
+#define SH_REF_VALUE              (1u << 23)   /* no reference */
+#define SH_REF_FROZEN             (1ull << 63) /* may be read, and not be changed any more */
+#define SH_REF_IS_CELL(ref)       (((ref) & ~SH_REF_FROZEN) != 0 && !((ref) & SH_REF_VALUE))
 
 struct sh_lease {
     _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */
@@ -242,6 +269,8 @@ enum sh_fault {
     SH_FAULT_CELLS, /* a span of pins that are in use is its owner's no more (page) */
     SH_FAULT_NAMES, /* the table of named roots (entry) */
     SH_FAULT_ROOT,  /* a named root whose block is gone (entry) */
+    SH_FAULT_DYING, /* a list of dying nodes (word number) */
+    SH_FAULT_NODE, /* a node: more references than bytes, or one that leads nowhere (word number) */
     SH_NFAULTS
 };
 

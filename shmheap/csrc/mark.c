@@ -1,8 +1,13 @@
 /*
- * A collection: rules 10 to 14 of DESIGN section 6, for blocks without references.
+ * A collection: rules 10 to 14 of DESIGN section 6.
  *
- *     IDLE (everybody) -> new epoch, marks cleared -> MARK -> roots, leases, pins
- *          -> FINAL -> what was touched -> SWEEP -> free what is neither -> IDLE
+ *     IDLE (everybody) -> new epoch, marks cleared -> MARK -> roots, leases, pins, and what hangs
+ * on them -> FINAL -> what was touched meanwhile -> SWEEP -> free what is neither -> IDLE
+ *
+ * Marking: a block that a holder names is marked, and a node among them is grey until its
+ * references have been looked at. The grey ones are on a stack in the coordinator's own memory;
+ * marks are in the block words. What is touched by its users while marking (rules 5 and 6) is found
+ * by walking over the words: a pass that finds nothing ends the marking.
  *
  * Nobody is stopped. A change of phase is a handshake: each process's phase word is set under that
  * process's lock, so an operation is wholly in one phase. Marks are in the block words and stay as
@@ -82,36 +87,155 @@ enum sh_status sh_start_cycle(struct sh_ctx *c)
     return status == SH_OK ? set_phase(c, SH_MARK, epoch) : status;
 }
 
-/* Marks a block that a holder names. A leaf has nothing to trace. */
-static uint64_t shade(struct sh_ctx *c, uint64_t cell)
+/* Tracing */
+
+struct sh_trace {
+    uint64_t *grey; /* word numbers of nodes that are marked and not yet looked at */
+    uint64_t n, room;
+    uint64_t blocks; /* marked */
+    /* By word number, sparse: holders seen of each block, as far as 65,535. NULL: nobody died since
+     * counts were right, so none is too high. */
+    uint16_t *seen;
+    uint64_t nwords;
+    bool failed; /* no memory */
+};
+
+static struct sh_trace *trace_new(struct sh_ctx *c)
 {
-    struct sh_ref r;
-    if (cell == 0 || !sh_locate(c, SH_CELL_WORD(cell), &r))
-        return 0;
-    uint64_t w = atomic_load_explicit(r.word, ACQ);
-    while (SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED))
-        if (atomic_compare_exchange_weak_explicit(r.word, &w, w | SH_MARKED, ACQR, ACQ))
-            return 1;
-    return 0;
+    struct sh_trace *t = calloc(1, sizeof *t);
+    if (t == NULL)
+        return NULL;
+    t->nwords = c->geo.data / 8;
+    if (c->recount_holders)
+        t->seen = sh_os_private(t->nwords * sizeof *t->seen);
+    return t;
 }
 
-static uint64_t shade_cells(struct sh_ctx *c, uint32_t page, uint32_t kind)
+/* The coordinator forgets what it has marked. */
+void sh_trace_end(struct sh_ctx *c)
+{
+    struct sh_trace *t = c->trace;
+    c->trace = NULL;
+    if (t == NULL)
+        return;
+    if (t->seen != NULL)
+        sh_os_unmap(t->seen, t->nwords * sizeof *t->seen);
+    free(t->grey);
+    free(t);
+}
+
+static void push_grey(struct sh_trace *t, uint64_t number)
+{
+    if (t->n == t->room) {
+        uint64_t room = t->room ? 2 * t->room : 1024;
+        uint64_t *grey = realloc(t->grey, room * sizeof *grey);
+        if (grey == NULL) {
+            t->failed = true;
+            return;
+        }
+        t->grey = grey;
+        t->room = room;
+    }
+    t->grey[t->n++] = number;
+}
+
+/* Marks a block that lives, or a dying node. */
+static void mark_word(struct sh_ctx *c, _Atomic uint64_t *word, uint64_t w)
+{
+    struct sh_trace *t = c->trace;
+    while (SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING) {
+        if (w & SH_MARKED)
+            return;
+        if (!atomic_compare_exchange_weak_explicit(word, &w, w | SH_MARKED, ACQR, ACQ))
+            continue;
+        t->blocks++;
+        if (w & SH_NODE)
+            push_grey(t, sh_word_number(c, word));
+        return;
+    }
+}
+
+/* A block that a holder names. A lease's cell has no generation, and keeps its block. */
+static void shade(struct sh_ctx *c, uint64_t cell)
+{
+    struct sh_ref r;
+    uint64_t number = SH_CELL_WORD(cell);
+    bool lease = cell & SH_REF_VALUE;
+    if (cell == 0 || !sh_locate(c, number, &r))
+        return;
+    uint64_t w = atomic_load_explicit(r.word, ACQ);
+    if (SH_BSTATE(w) != SH_BLOCK_LIVE ||
+        (!lease && (SH_GEN(w) & SH_CELL_LOW_MASK) != SH_CELL_LOW(cell)))
+        return;
+    if (c->trace->seen != NULL && c->trace->seen[number] != UINT16_MAX)
+        c->trace->seen[number]++;
+    mark_word(c, r.word, w);
+}
+
+/* The references of a node. It may die meanwhile, and its place be another block's: then what is
+ * read here is not what it was, and marks blocks that need not live, for this collection. Nobody
+ * punches but the coordinator, so the bytes are there. A race by design. */
+__attribute__((no_sanitize("thread"))) static void look_into(struct sh_ctx *c, uint64_t number)
+{
+    struct sh_ref r;
+    if (!sh_locate(c, number, &r))
+        return;
+    uint64_t w = atomic_load_explicit(r.word, ACQ);
+    const struct sh_node *n = (const struct sh_node *)r.data;
+    uint64_t head = atomic_load_explicit(&n->head, ACQ);
+    if (!(w & SH_NODE) || !sh_node_fits(head, sh_block_bytes(c, &r, w)))
+        return;
+    for (uint32_t i = 0; i < SH_NODE_NREFS(head); i++) {
+        uint64_t ref = atomic_load_explicit(&n->ref[i], ACQ);
+        if (SH_REF_IS_CELL(ref))
+            shade(c, ref);
+    }
+}
+
+static void empty_grey(struct sh_ctx *c)
+{
+    while (c->trace->n != 0)
+        look_into(c, c->trace->grey[--c->trace->n]);
+}
+
+/* Touched in this collection; or dying by a process, which drops what it still names in slices: a
+ * root of that. Garbage of a collection before this one is nobody's root. */
+static void find_untraced(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
+{
+    uint64_t w = atomic_load_explicit(word, ACQ);
+    bool touched = SH_BSTATE(w) == SH_BLOCK_LIVE && (w & SH_TOUCH_MASK) == *(uint64_t *)arg;
+    bool dropped = SH_BSTATE(w) == SH_BLOCK_DYING && SH_COUNT(w) != 0;
+    if ((touched || dropped) && !(w & SH_MARKED))
+        mark_word(c, word, w);
+}
+
+/* Rule 12: until a full pass finds nothing that was touched and is not traced. */
+static enum sh_status trace_all(struct sh_ctx *c)
+{
+    uint64_t before, touch = (uint64_t)epoch_of(atomic_load(&c->hdr->phase)) << SH_TOUCH_SHIFT;
+    enum sh_status status;
+    do {
+        empty_grey(c);
+        before = c->trace->blocks;
+        status = each_word(c, find_untraced, &touch);
+    } while (status == SH_OK && !c->trace->failed && c->trace->blocks != before);
+    return c->trace->failed ? SH_NOMEM : status;
+}
+
+static void shade_cells(struct sh_ctx *c, uint32_t page, uint32_t kind)
 {
     const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(c, page);
     uint32_t step = c->kinds[kind].size / 8;
-    uint64_t n = 0;
     for (uint32_t i = 0; i < c->kinds[kind].nblocks; i++)
-        n += shade(c, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ));
-    return n;
+        shade(c, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ));
 }
 
-static uint64_t shade_roots(struct sh_ctx *c)
+static void shade_roots(struct sh_ctx *c)
 {
-    uint64_t n = 0, used = atomic_load_explicit((_Atomic uint64_t *)&c->hdr->roots_used, ACQ);
+    uint64_t used = atomic_load_explicit((_Atomic uint64_t *)&c->hdr->roots_used, ACQ);
     const struct sh_root *roots = (const struct sh_root *)(c->base + c->geo.roots);
     for (uint64_t i = 0; i < used && i < SH_MAX_ROOTS; i++)
-        n += shade(c, atomic_load_explicit(&roots[i].cell, ACQ));
-    return n;
+        shade(c, atomic_load_explicit(&roots[i].cell, ACQ));
 }
 
 static uint64_t older(struct sh_ctx *c, uint32_t page, uint64_t oldest)
@@ -125,21 +249,20 @@ static uint64_t older(struct sh_ctx *c, uint32_t page, uint64_t oldest)
     return oldest;
 }
 
-/* Rule 11: named roots, leases, and the pins of every slot not yet reaped, dead or alive. */
-enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
+static enum sh_status shade_holders(struct sh_ctx *c)
 {
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
     uint64_t oldest = UINT64_MAX;
     enum sh_status status;
-    *blocks = shade_roots(c);
+    shade_roots(c);
     SH_CRASH("gc:marking");
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (SH_SPAN_STATE(span) == SH_PINS)
-            *blocks += shade_cells(c, page, SH_KIND_PINS);
+            shade_cells(c, page, SH_KIND_PINS);
         if (SH_SPAN_STATE(span) == SH_LEASES) {
-            *blocks += shade_cells(c, page, SH_KIND_LEASES);
+            shade_cells(c, page, SH_KIND_LEASES);
             oldest = older(c, page, oldest);
         }
     }
@@ -147,29 +270,31 @@ enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
     return status == SH_ABSENT ? SH_OK : status;
 }
 
-struct count {
-    uint64_t touch, n;
-};
-
-static void count_touched(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
+/* Rule 11: named roots, leases, and the pins of every slot not yet reaped, dead or alive; and all
+ * that hangs on them. *blocks: how many that is. */
+enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
 {
-    struct count *count = arg;
-    uint64_t w = atomic_load_explicit(word, ACQ);
-    (void)c;
-    count->n +=
-        SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) == count->touch;
+    sh_trace_end(c); /* of a collection that was given up */
+    c->trace = trace_new(c);
+    if (c->trace == NULL)
+        return SH_NOMEM;
+    enum sh_status status = shade_holders(c);
+    if (status == SH_OK)
+        status = trace_all(c);
+    *blocks = c->trace->blocks;
+    return status;
 }
 
-/* Rule 12. *blocks: those that live because they were touched. Without success the collection is
- * given up, lest who opens a handle in FINAL waits for one that was stopped. */
+/* Rule 12. *blocks: those that were found since. Without success the collection is given up, lest
+ * who opens a handle in FINAL waits for one that was stopped. */
 enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
-    struct count count = {.touch = (uint64_t)epoch << SH_TOUCH_SHIFT};
+    uint64_t before = c->trace->blocks;
     enum sh_status status = set_phase(c, SH_FINAL, epoch);
     if (status == SH_OK)
-        status = each_word(c, count_touched, &count);
-    *blocks = count.n;
+        status = trace_all(c);
+    *blocks = c->trace->blocks - before;
     if (status == SH_OK)
         status = set_phase(c, SH_SWEEP, epoch);
     if (status != SH_OK)
@@ -182,7 +307,7 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 #define SUSPECTS 64u
 
 struct sweep {
-    uint64_t touch, blocks, bytes;
+    uint64_t touch;
     uint64_t live_blocks, live_bytes;
     uint32_t nsuspects;
     uint32_t page[SUSPECTS];
@@ -192,6 +317,14 @@ struct sweep {
 static bool is_garbage(const struct sweep *s, uint64_t w)
 {
     return SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) != s->touch;
+}
+
+/* What was worked off is no longer a block that could be touched: its references are dropped as if
+ * no collection was under way, for who is condemned with it shall go with it. */
+static void bury_garbage(struct sh_ctx *c)
+{
+    while (sh_bury(c, 0, 4096, SH_IDLE)) {
+    }
 }
 
 /* Rule 13: the same transition as a count that falls to 0, so nothing is freed twice. */
@@ -206,12 +339,13 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
     r.gen = SH_GEN(w);
     r.nbytes = sh_block_bytes(c, &r, w);
     while (is_garbage(s, w)) {
-        if (!atomic_compare_exchange_weak_explicit(
-                word, &w, SH_BLOCK_WORD(SH_BLOCK_FREE, r.gen + 1), ACQR, ACQ))
+        bool leaf = !(w & SH_NODE);
+        if (!sh_end_life(c, &r, &w))
             continue;
-        s->blocks++;
-        s->bytes += r.nbytes;
-        sh_block_freed(c, &r);
+        if (leaf)
+            sh_block_freed(c, &r);
+        else
+            bury_garbage(c);
         return;
     }
     s->live_blocks++;
@@ -223,7 +357,8 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
 static void suspect(struct sh_ctx *c, uint32_t page, uint64_t span, struct sweep *s)
 {
     uint64_t w = atomic_load_explicit(sh_words(c, page, SH_LARGE_TIER), ACQ);
-    if (SH_BSTATE(w) == SH_BLOCK_LIVE || s->nsuspects == SUSPECTS || sh_span(c, page) != span)
+    if (SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING ||
+        s->nsuspects == SUSPECTS || sh_span(c, page) != span)
         return;
     s->page[s->nsuspects] = page;
     s->span[s->nsuspects] = span;
@@ -321,12 +456,13 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
 /* Deaths between a block and its counter leave the counters wrong: put them right if nothing but
  * this sweep moved. A block and its counter change under a process lock, so after the handshake
  * what the walk saw is counted. */
-static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct sh_sums *before)
+static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct sh_sums *before,
+                           uint64_t swept)
 {
     if (sh_handshake(c, -1) != SH_OK)
         return;
     struct sh_sums now = sh_sum(c), after = sh_sum(c); /* numbers go up before bytes */
-    if (after.mallocs != before->mallocs || after.frees != before->frees + s->blocks)
+    if (after.mallocs != before->mallocs || after.frees != before->frees + swept)
         return;
     sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (now.alloc_bytes - now.freed_bytes));
     sh_add(&c->hdr->past_mallocs, s->live_blocks - (now.mallocs - now.frees));
@@ -372,37 +508,71 @@ static enum sh_status recount_leases(struct sh_ctx *c)
     return SH_OK;
 }
 
-/* Frees every block that is neither marked nor touched, gives back empty spans and what deaths
- * lost. */
-enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
+/* Rule 13: a count that a death left too high is lowered to the holders that were seen, if nothing
+ * touched the block since. Only who marked has seen them. */
+static void lower_count(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
 {
-    struct sweep *s = calloc(1, sizeof *s);
+    const struct sweep *s = arg;
+    uint64_t w = atomic_load_explicit(word, ACQ);
+    uint64_t seen = c->trace->seen[sh_word_number(c, word)];
+    while (SH_BSTATE(w) == SH_BLOCK_LIVE && w & SH_MARKED && SH_COUNT(w) > seen) {
+        if ((w & SH_TOUCH_MASK) == s->touch || SH_COUNT(w) == SH_COUNT_MAX) {
+            c->recount_holders |= SH_COUNT(w) != SH_COUNT_MAX; /* next time */
+            return;
+        }
+        uint64_t lower = (w & ~(SH_COUNT_MAX << SH_COUNT_SHIFT)) | seen << SH_COUNT_SHIFT;
+        if (atomic_compare_exchange_weak_explicit(word, &w, lower, ACQR, ACQ))
+            return;
+    }
+}
+
+static enum sh_status lower_counts(struct sh_ctx *c, struct sweep *s)
+{
+    if (c->trace == NULL || c->trace->seen == NULL)
+        return SH_OK;
+    c->recount_holders = false;
+    return each_word(c, lower_count, s);
+}
+
+static enum sh_status sweep_all(struct sh_ctx *c, struct sweep *s)
+{
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
-    struct sh_sums before = sh_sum(c);
     enum sh_status status;
-    if (s == NULL)
-        return SH_NOMEM;
-    s->touch = (uint64_t)epoch_of(atomic_load(&c->hdr->phase)) << SH_TOUCH_SHIFT;
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         status = sweep_span(c, page, span, s);
         SH_CRASH("gc:sweeping");
         if (status != SH_OK)
-            break;
+            return status;
     }
     if (status == SH_ABSENT)
         status = judge_suspects(c, s);
+    return status == SH_OK ? sh_give_all(c) : status;
+}
+
+/* Frees every block that is neither marked nor touched, gives back empty spans and what deaths
+ * lost, and lowers counts that deaths left too high. */
+enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
+{
+    struct sweep *s = calloc(1, sizeof *s);
+    struct sh_sums before = sh_sum(c);
+    uint64_t frees = atomic_load(&c->slot->frees), freed = atomic_load(&c->slot->freed_bytes);
+    if (s == NULL)
+        return SH_NOMEM;
+    s->touch = (uint64_t)epoch_of(atomic_load(&c->hdr->phase)) << SH_TOUCH_SHIFT;
+    enum sh_status status = sweep_all(c, s);
+    *blocks = atomic_load(&c->slot->frees) - frees; /* ours alone */
+    *bytes = atomic_load(&c->slot->freed_bytes) - freed;
     if (status == SH_OK)
-        status = sh_give_all(c);
+        status = lower_counts(c, s);
     if (status == SH_OK && c->recount_blocks)
-        recount_blocks(c, s, &before);
+        recount_blocks(c, s, &before, *blocks);
     if (status == SH_OK && c->recount_leases)
         status = recount_leases(c);
-    *blocks = s->blocks;
-    *bytes = s->bytes;
-    if (s->blocks != 0)
+    if (*blocks != 0)
         sh_tell_waiters(c);
+    sh_trace_end(c);
     free(s);
     return status;
 }

@@ -114,28 +114,10 @@ static void remove_entry(struct sh_ctx *c, uint64_t *link, uint64_t entry)
     sh_set(c, l, &c->hdr->roots_free, entry);
 }
 
-static uint64_t cell_of(const struct sh_ctx *c, const struct sh_ref *ref)
-{
-    return SH_PIN_CELL(sh_word_number(c, ref->word), ref->gen);
-}
-
-/* Rule 7 for a cell that only holders of the roots lock write: new is counted already; touch the
- * old one, put the new one in its place, and only then count the old one down. */
+/* Rule 7. Only holders of the roots lock write the cell. */
 static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
 {
-    struct sh_ref old;
-    uint32_t phase = atomic_load_explicit(&c->slot->phase, RLX);
-    uint64_t was = atomic_load_explicit(&root->cell, ACQ);
-    bool found = was != 0 && sh_locate(c, SH_CELL_WORD(was), &old);
-    if (found) {
-        uint64_t w = atomic_load_explicit(old.word, ACQ); /* the root keeps it */
-        old.gen = SH_GEN(w);
-        old.nbytes = sh_block_bytes(c, &old, w);
-        sh_touch(old.word, old.gen, phase);
-    }
-    atomic_store_explicit(&root->cell, cell, REL);
-    if (found && sh_count_down(old.word, old.gen, phase) == SH_FREED)
-        sh_block_freed(c, &old);
+    sh_swap_ref(c, &root->cell, atomic_load_explicit(&root->cell, ACQ), cell);
 }
 
 /* SH_CHANGED: the name stands for something already, and must not. */
@@ -153,9 +135,9 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
     if (status != SH_OK)
         return status;
     SH_CRASH("root:entered");
-    if (!sh_count_up(ref->word, ref->gen, atomic_load_explicit(&c->slot->phase, RLX)))
+    if (!sh_count_up(ref->word, ref->gen, sh_phase(c)))
         return SH_STALE;
-    replace_cell(c, root_at(c, entry), cell_of(c, ref));
+    replace_cell(c, root_at(c, entry), sh_cell_of(c, ref));
     return SH_OK;
 }
 
@@ -207,7 +189,7 @@ enum sh_status sh_root_clear_of(struct sh_ctx *c, const char *name, uint32_t len
     uint64_t *link, entry;
     status = find_link(c, name, len, hash_of(name, len), &link, &entry);
     uint64_t cell = status == SH_OK && entry != SH_NIL ? atomic_load(&root_at(c, entry)->cell) : 0;
-    if (status == SH_OK && (entry == SH_NIL || (only != NULL && cell != cell_of(c, only)))) {
+    if (status == SH_OK && (entry == SH_NIL || (only != NULL && cell != sh_cell_of(c, only)))) {
         status = SH_ABSENT;
     } else if (status == SH_OK) {
         if (cell == 0)
@@ -239,20 +221,12 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
     uint64_t cell = found ? atomic_load(&root_at(c, entry)->cell) : 0;
     if (status == SH_OK && cell == 0) {
         status = SH_ABSENT;
-    } else if (status == SH_OK && !sh_locate(c, SH_CELL_WORD(cell), r)) {
+    } else if (status == SH_OK && !sh_hold_cell(c, cell, r)) {
         status = sh_corrupt(c, SH_FAULT_ROOT, entry);
     } else if (status == SH_OK) {
-        uint64_t w = atomic_load_explicit(r->word, ACQ);
-        uint32_t phase = atomic_load_explicit(&c->slot->phase, RLX);
-        r->gen = SH_GEN(w);
-        r->nbytes = sh_block_bytes(c, r, w);
-        if (SH_CELL_LOW(cell) != (r->gen & SH_CELL_LOW_MASK) ||
-            !sh_count_up(r->word, r->gen, phase))
-            status = sh_corrupt(c, SH_FAULT_ROOT, entry);
-        else
-            status = sh_pin(c, r);
+        status = sh_pin(c, r);
         if (status == SH_SLOW) /* another thread took the last pin; the root still counts */
-            sh_count_down(r->word, r->gen, phase);
+            sh_count_down(c, r, sh_phase(c));
     }
     unlock_both(c);
     return status == SH_SLOW ? SH_BUSY : status;

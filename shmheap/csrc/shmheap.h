@@ -103,8 +103,9 @@ struct sh_ctx {
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
     /* coordinator: somebody died since they were put right */
-    bool recount_blocks, recount_units, recount_leases;
-    uint64_t longest_ns; /* longest hold of a process lock by the coordinator since reset */
+    bool recount_blocks, recount_units, recount_leases, recount_holders;
+    struct sh_trace *trace; /* coordinator: from marking to the end of the sweep */
+    uint64_t longest_ns;    /* longest hold of a process lock by the coordinator since reset */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;                  /* SH_UNTRUSTED: what is wrong */
     struct sh_ctx *child;             /* between the hooks of a fork */
@@ -148,6 +149,8 @@ static inline bool sh_is_forked(struct sh_ctx *c)
 /* block.c: what users do with blocks. sh_alloc_fast takes the process lock only. */
 enum sh_status sh_alloc_fast(struct sh_ctx *, uint32_t kind, uint64_t nbytes, struct sh_ref *);
 enum sh_status sh_alloc(struct sh_ctx *, uint64_t nbytes, bool zero, int wait_ms, struct sh_ref *);
+enum sh_status sh_node_new(struct sh_ctx *, uint32_t kind, uint32_t nrefs, uint64_t more,
+                           int wait_ms, struct sh_ref *);
 enum sh_status sh_unpin(struct sh_ctx *, struct sh_ref *, int wait_ms);
 enum sh_status sh_flush(struct sh_ctx *, int wait_ms);
 enum sh_status sh_repin(struct sh_ctx *, const struct sh_ref *, int wait_ms, struct sh_ref *);
@@ -160,6 +163,12 @@ enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64
 void sh_waiting(struct sh_ctx *, bool begins);
 enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
 uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);
+
+/* node.c: references between blocks */
+enum sh_status sh_node_load(struct sh_ctx *, const struct sh_ref *node, uint32_t i, int wait_ms,
+                            struct sh_ref *);
+enum sh_status sh_node_store(struct sh_ctx *, const struct sh_ref *node, uint32_t i,
+                             const struct sh_ref *, int wait_ms);
 
 /* roots.c: named roots */
 enum sh_status sh_root_get(struct sh_ctx *, const char *name, uint32_t len, int wait_ms,

@@ -25,12 +25,11 @@ static void init_slot(struct sh_ctx *c, struct sh_slot *s, uint32_t pid)
     atomic_store(&s->remote[0], 0);
     atomic_store(&s->remote[1], 0);
     atomic_store(&s->leases_taken, 0);
-    atomic_store(&s->dying, SH_NIL);
     atomic_store(&s->ended_ns, 0);
-    _Atomic uint64_t *const counters[] = {&s->mallocs,     &s->frees, &s->alloc_bytes,
-                                          &s->freed_bytes, &s->pins,  &s->leases};
+    _Atomic uint64_t *const counters[] = {&s->mallocs, &s->frees,  &s->alloc_bytes, &s->freed_bytes,
+                                          &s->pins,    &s->leases, &s->dying,       &s->transit};
     for (size_t i = 0; s != sh_slot(c, 0) && i < sizeof counters / sizeof counters[0]; i++)
-        atomic_store(counters[i], 0); /* a coordinator counts on where the last one ended */
+        atomic_store(counters[i], 0); /* a coordinator goes on where the last one ended */
     atomic_store(&s->state, SH_SLOT_LIVE);
 }
 

@@ -516,6 +516,32 @@ static void hold(struct sh_ctx *c, struct holders *h, uint64_t cell)
     h->word[h->n++] = SH_CELL_WORD(cell);
 }
 
+static void hold_refs(struct sh_ctx *c, struct holders *h, const _Atomic uint64_t *word)
+{
+    struct sh_ref r;
+    uint64_t w = atomic_load(word);
+    if (SH_BSTATE(w) != SH_BLOCK_LIVE || !(w & SH_NODE))
+        return;
+    CHECK(sh_locate(c, sh_word_number(c, word), &r));
+    const struct sh_node *n = (const struct sh_node *)r.data;
+    CHECK(sizeof *n + 8ull * SH_NODE_NREFS(n->head) <= sh_block_bytes(c, &r, w));
+    for (uint32_t i = 0; i < SH_NODE_NREFS(n->head); i++)
+        if (SH_REF_IS_CELL(n->ref[i]))
+            hold(c, h, n->ref[i]);
+}
+
+static void find_references(struct sh_ctx *c, struct holders *h, uint32_t page)
+{
+    uint64_t span = sh_span(c, page);
+    if (SH_SPAN_STATE(span) == SH_LARGE)
+        hold_refs(c, h, sh_words(c, page, SH_LARGE_TIER));
+    if (SH_SPAN_STATE(span) != SH_SMALL)
+        return;
+    const struct sh_kind *k = &c->kinds[SH_SPAN_KIND(span)];
+    for (uint32_t i = 0; i < k->nblocks; i++)
+        hold_refs(c, h, sh_words(c, page, k->tier) + i);
+}
+
 static void find_holders(struct sh_ctx *c, struct holders *h)
 {
     const struct sh_root *roots = (const struct sh_root *)(c->base + c->geo.roots);
@@ -525,6 +551,7 @@ static void find_holders(struct sh_ctx *c, struct holders *h)
          page += SH_SPAN_NPAGES(sh_span(c, (uint32_t)page))) {
         uint32_t state = SH_SPAN_STATE(sh_span(c, (uint32_t)page));
         uint32_t kind = state == SH_PINS ? SH_KIND_PINS : SH_KIND_LEASES;
+        find_references(c, h, (uint32_t)page);
         if (state != SH_PINS && state != SH_LEASES)
             continue;
         const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(c, (uint32_t)page);

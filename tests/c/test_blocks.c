@@ -1172,7 +1172,8 @@ static void test_lost_large_block(void)
     uint32_t page = r.page;
     CHECK_OK(sh_enter(&s->b, 1000));
     sh_pin_clear(&s->b, r.pin);
-    CHECK(sh_count_down(r.word, r.gen, 0) == SH_FREED); /* and dies here */
+    uint64_t w = atomic_load(r.word);
+    CHECK(sh_end_life(&s->b, &r, &w)); /* and dies here */
     sh_leave(&s->b);
     arena_die(&s->b);
     reap_dead(&s->lead, UINT64_MAX);

@@ -392,7 +392,8 @@ static void test_a_run_taken_from_the_dead_keeps_its_generation(void)
     struct handle stale = handle_of(&c, &r);
     CHECK_OK(sh_enter(&c, 1000));
     sh_pin_clear(&c, r.pin);
-    CHECK(sh_count_down(r.word, r.gen, 0) == SH_FREED); /* and dies before the run is its own */
+    uint64_t w = atomic_load(r.word);
+    CHECK(sh_end_life(&c, &r, &w)); /* and dies before the run is its own */
     sh_leave(&c);
     arena_die(&c);
     s->point = "gc:judged";

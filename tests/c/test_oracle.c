@@ -137,6 +137,7 @@ struct oracle {
     uint32_t nblocks;
     uint64_t bytes;
     uint32_t lost;
+    bool sees_holders; /* the coordinator counts them while it marks */
     struct holds pins, leases;
     struct block *root[NAMES];
     struct handle letter[LETTERS]; /* also of blocks that are long gone */
@@ -780,6 +781,20 @@ static void no_span_is_empty(struct oracle *o)
     }
 }
 
+/* Counts that a death left too high come down to the holders, if nothing touched the block since it
+ * was marked, and by the coordinator that marked it. */
+static void lower_counts(struct oracle *o)
+{
+    for (uint32_t i = 0; o->sees_holders && i < o->nblocks; i++) {
+        struct block *b = o->block[i];
+        if (!is_kept(o, b) || b->touched == o->epoch)
+            continue;
+        o->lost -= b->lost;
+        b->lost = 0;
+    }
+    o->sees_holders = false;
+}
+
 static void sweep(struct oracle *o)
 {
     uint64_t blocks, bytes, want_blocks = 0, want_bytes = 0;
@@ -792,6 +807,7 @@ static void sweep(struct oracle *o)
         want_bytes += b->nbytes;
         forget_block(o, b);
     }
+    lower_counts(o);
     CHECK_OK(sh_sweep(&o->lead, &blocks, &bytes));
     CHECK(blocks == want_blocks && bytes == want_bytes);
     o->swept += blocks;
@@ -811,7 +827,8 @@ static void mark(struct oracle *o)
 {
     uint64_t marked, want = 0;
     for (uint32_t i = 0; i < o->nblocks; i++)
-        want += o->block[i]->marked = o->block[i]->holders != 0;
+        want += o->block[i]->marked = o->block[i]->holders != 0 || is_kept(o, o->block[i]);
+    o->sees_holders = o->lead.recount_holders;
     CHECK_OK(sh_mark(&o->lead, &marked));
     CHECK(marked == want);
 }
@@ -819,8 +836,11 @@ static void mark(struct oracle *o)
 static void finish_mark(struct oracle *o)
 {
     uint64_t touched, want = 0;
-    for (uint32_t i = 0; i < o->nblocks; i++)
-        want += !o->block[i]->marked && is_kept(o, o->block[i]);
+    for (uint32_t i = 0; i < o->nblocks; i++) {
+        bool late = !o->block[i]->marked && is_kept(o, o->block[i]);
+        want += late;
+        o->block[i]->marked |= late;
+    }
     CHECK_OK(sh_finish_mark(&o->lead, &touched));
     CHECK(touched == want);
     o->phase = SH_SWEEP;
@@ -894,6 +914,7 @@ static void succeed(struct oracle *o)
     CHECK_OK(sh_begin(&o->lead, &phase));
     CHECK(phase == o->phase);
     o->next = phase == SH_SWEEP ? SWEEP : START; /* rule 13 */
+    o->sees_holders = false;
 }
 
 /* A look at everything */

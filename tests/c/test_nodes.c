@@ -1,0 +1,369 @@
+/*
+ * Nodes: references between blocks, what dies with them, cycles, what is marked through them, and
+ * deaths in the middle of all that.
+ */
+#include "support.h"
+
+#include <string.h>
+#include <unistd.h>
+
+struct stage {
+    int fd;
+    struct sh_ctx a, b, lead;
+};
+
+static struct stage *stage_new(uint64_t capacity)
+{
+    struct stage *s = calloc(1, sizeof *s);
+    s->fd = arena_new(capacity, NO_LIMIT);
+    arena_lead(&s->lead, s->fd);
+    arena_join(&s->a, s->fd);
+    arena_join(&s->b, s->fd);
+    return s;
+}
+
+/* Everybody leaves; nothing must be left. */
+static void stage_end(struct stage *s)
+{
+    if (s->a.slot != NULL)
+        arena_leave(&s->a);
+    if (s->b.slot != NULL)
+        arena_leave(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    collect(&s->lead);
+    collect(&s->lead);
+    release_all(&s->lead);
+    must_be_empty(&s->lead);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+    kernel_must_agree(&s->lead);
+    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
+    counters_must_be(&s->lead, 0, 0);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
+static struct sh_ref node_new(struct sh_ctx *c, uint32_t nrefs)
+{
+    struct sh_ref r;
+    enum sh_status status;
+    while ((status = sh_node_new(c, SH_NODE_PLAIN, nrefs, 0, 1000, &r)) == SH_BUSY) {
+    }
+    CHECK_OK(status);
+    return r;
+}
+
+static void store(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, const struct sh_ref *r)
+{
+    enum sh_status status = sh_node_store(c, node, i, r, 1000);
+    while (status == SH_DEFERRED || status == SH_BUSY)
+        status = sh_flush(c, 1000);
+    CHECK_OK(status);
+}
+
+/* Another process's hold on a block. */
+static struct sh_ref shared(struct sh_ctx *c, const struct sh_ctx *of, const struct sh_ref *r)
+{
+    struct handle h = handle_of(of, r);
+    struct sh_ref got;
+    CHECK_OK(handle_open(c, &h, &got));
+    return got;
+}
+
+/* Into a node, and nowhere else. */
+static void put_into(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, struct sh_ref *r)
+{
+    store(c, node, i, r);
+    block_drop(c, r);
+}
+
+static uint64_t count_of(const struct sh_ref *r)
+{
+    return SH_COUNT(atomic_load(r->word));
+}
+
+static void test_store_and_load(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref n = node_new(&s->a, 3), leaf = block_new(&s->a, 100), got;
+    CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
+    store(&s->a, &n, 0, &leaf);
+    store(&s->a, &n, 2, &leaf);
+    CHECK(count_of(&leaf) == 3);
+    CHECK_OK(sh_node_load(&s->a, &n, 2, 1000, &got));
+    CHECK(got.data == leaf.data && got.gen == leaf.gen && got.nbytes == 100);
+    block_drop(&s->a, &got);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    store(&s->a, &n, 0, NULL);
+    block_drop(&s->a, &leaf);
+    CHECK_OK(sh_node_load(&s->a, &n, 2, 1000, &got)); /* the node keeps it */
+    block_drop(&s->a, &got);
+    CHECK_IS(sh_node_load(&s->a, &n, 3, 1000, &got), SH_CORRUPT); /* it has three */
+    block_drop(&s->a, &n);
+    counters_must_be(&s->a, 0, 0);
+    stage_end(s);
+}
+
+/* A store replaces what was there, which goes if nobody else has it. */
+static void test_replacing_frees(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref n = node_new(&s->a, 1), n_of_b = shared(&s->b, &s->a, &n);
+    struct handle h[5];
+    for (uint32_t i = 0; i < 5; i++) {
+        struct sh_ref leaf = block_new(&s->b, 30000 * i + 1), got;
+        h[i] = handle_of(&s->b, &leaf);
+        put_into(&s->b, &n_of_b, 0, &leaf);
+        CHECK(i == 0 || handle_open(&s->a, &h[i - 1], &got) == SH_STALE);
+        CHECK(live_blocks(&s->a) == 2);
+    }
+    block_drop(&s->a, &n);
+    block_drop(&s->b, &n_of_b);
+    stage_end(s);
+}
+
+/* A store of what is gone changes nothing. */
+static void test_a_reference_to_a_freed_block_is_stale(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref n = node_new(&s->a, 1), leaf = block_new(&s->a, 100), old = leaf, got;
+    block_drop(&s->a, &leaf);
+    CHECK_IS(sh_node_store(&s->a, &n, 0, &old, 1000), SH_STALE);
+    CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
+    block_drop(&s->a, &n);
+    stage_end(s);
+}
+
+/* node -> node -> ... : nothing is recursive. Each has a leaf, too. */
+static struct sh_ref chain_new(struct sh_ctx *c, uint32_t n)
+{
+    struct sh_ref head = node_new(c, 2);
+    for (uint32_t i = 1; i < n; i++) {
+        struct sh_ref next = node_new(c, 2), leaf = block_new(c, i % 500 + 1);
+        put_into(c, &next, 1, &leaf);
+        put_into(c, &next, 0, &head);
+        head = next;
+    }
+    return head;
+}
+
+static void test_long_chains_die(void)
+{
+    struct stage *s = stage_new(256 << 20);
+    uint32_t n = (uint32_t)test_scale(100000);
+    struct sh_ref head = chain_new(&s->a, n);
+    CHECK(live_blocks(&s->a) == 2ull * n - 1);
+    block_drop(&s->a, &head);
+    counters_must_be(&s->a, 0, 0);
+    CHECK(live_blocks(&s->a) == 0);
+    stage_end(s);
+}
+
+/* One large node with a great many children, which die in slices: its owner does other things in
+ * between, and dies in the middle. */
+static void test_the_dead_leave_a_death_half_done(void)
+{
+    struct stage *s = stage_new(64 << 20);
+    uint32_t n = 20000;
+    struct sh_ref wide = node_new(&s->a, n), kept = block_new(&s->b, 64);
+    struct sh_ref of_a = shared(&s->a, &s->b, &kept);
+    for (uint32_t i = 0; i < n; i++) {
+        struct sh_ref leaf = i % 2 ? of_a : block_new(&s->a, 48);
+        store(&s->a, &wide, i, &leaf);
+        if (i % 2 == 0)
+            block_drop(&s->a, &leaf);
+    }
+    block_drop(&s->a, &of_a);
+    CHECK(count_of(&kept) == n / 2 + 1);
+    CHECK_IS(sh_unpin(&s->a, &wide, 0), SH_DEFERRED);
+    CHECK(s->a.slot->dying != 0);
+    arena_die(&s->a);
+    collect(&s->lead); /* it is a root of what it still names, until it is reaped */
+    CHECK(count_of(&kept) > 1);
+    reap_dead(&s->lead, UINT64_MAX);
+    CHECK(count_of(&kept) == 1);
+    CHECK(live_blocks(&s->b) == 1);
+    block_drop(&s->b, &kept);
+    stage_end(s);
+}
+
+/* Collection */
+
+static void test_cycles_are_collected(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref x = node_new(&s->a, 2), y = node_new(&s->a, 2), self = node_new(&s->a, 1);
+    struct sh_ref leaf = block_new(&s->a, 1000), y_of_b = shared(&s->b, &s->a, &y);
+    store(&s->a, &x, 0, &y);
+    store(&s->a, &y, 0, &x);
+    store(&s->a, &self, 0, &self);
+    put_into(&s->a, &y, 1, &leaf);
+    CHECK(collect(&s->lead) == 0);
+    block_drop(&s->a, &x);
+    block_drop(&s->a, &y);
+    block_drop(&s->a, &self);
+    CHECK(collect(&s->lead) == 1); /* self; y is held */
+    block_drop(&s->b, &y_of_b);
+    CHECK(live_blocks(&s->a) == 3);
+    CHECK(collect(&s->lead) == 3);
+    counters_must_be(&s->a, 0, 0);
+    stage_end(s);
+}
+
+/* What garbage names and others hold stays, with its count put right. */
+static void test_garbage_lets_go(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref x = node_new(&s->a, 4), kept = block_new(&s->a, 3000);
+    store(&s->a, &x, 0, &x);
+    store(&s->a, &x, 1, &kept);
+    store(&s->a, &x, 3, &kept);
+    block_drop(&s->a, &x);
+    CHECK(count_of(&kept) == 3);
+    CHECK(collect(&s->lead) == 1);
+    CHECK(count_of(&kept) == 1);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* What hangs on a name lives, however long the chain, and nothing else. */
+static void test_marking_follows_references(void)
+{
+    struct stage *s = stage_new(64 << 20);
+    struct sh_ref head = chain_new(&s->a, 5000), got, lost = node_new(&s->a, 1);
+    CHECK_OK(sh_root_set(&s->a, "chain", 5, &head, 1000));
+    store(&s->a, &lost, 0, &lost);
+    store(&s->a, &lost, 0, &lost);
+    block_drop(&s->a, &head);
+    block_drop(&s->a, &lost);
+    CHECK(collect(&s->lead) == 1);
+    CHECK(live_blocks(&s->a) == 9999);
+    CHECK_OK(sh_root_get(&s->a, "chain", 5, 1000, &got));
+    block_drop(&s->a, &got);
+    CHECK_OK(sh_root_clear(&s->a, "chain", 5, 1000) == SH_DEFERRED ? sh_flush(&s->a, 1000) : SH_OK);
+    CHECK(live_blocks(&s->a) == 0);
+    stage_end(s);
+}
+
+/* A reference that is moved, while marking, from where the collector has yet to look to where it
+ * has looked: rule 6 keeps what it names. */
+static void test_a_reference_that_is_moved_while_marking(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref x = node_new(&s->a, 1), y = node_new(&s->a, 1), leaf = block_new(&s->a, 64);
+    uint64_t marked, late, swept, bytes;
+    struct handle h = handle_of(&s->a, &leaf);
+    put_into(&s->a, &y, 0, &leaf);
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &marked));
+    CHECK(marked == 3);
+    struct sh_ref fresh = node_new(&s->a, 1), got; /* made after the marking: touched */
+    CHECK_OK(sh_node_load(&s->a, &y, 0, 1000, &got));
+    put_into(&s->a, &fresh, 0, &got);
+    store(&s->a, &y, 0, NULL);
+    put_into(&s->a, &x, 0, &fresh); /* x is black already */
+    CHECK_OK(sh_finish_mark(&s->lead, &late));
+    CHECK_OK(sh_sweep(&s->lead, &swept, &bytes));
+    CHECK(swept == 0);
+    CHECK_OK(sh_end_cycle(&s->lead, UINT64_MAX / 2, false, 0));
+    CHECK_OK(handle_open(&s->b, &h, &got));
+    block_drop(&s->b, &got);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &x);
+    block_drop(&s->a, &y);
+    CHECK(live_blocks(&s->a) == 0);
+    stage_end(s);
+}
+
+/* A count that a death left too high is brought back, so that a later drop frees at once. */
+static void test_counts_that_are_too_high_are_lowered(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref n = node_new(&s->a, 2), leaf = block_new(&s->a, 64);
+    store(&s->a, &n, 0, &leaf);
+    CHECK(sh_count_up(leaf.word, leaf.gen, s->b.slot->phase)); /* and dies before its pin */
+    CHECK(sh_count_up(n.word, n.gen, s->b.slot->phase));
+    arena_die(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    CHECK(count_of(&leaf) == 3);
+    collect(&s->lead);
+    CHECK(count_of(&leaf) == 2 && count_of(&n) == 1);
+    must_be_sound(&s->a, EXACT_COUNTS);
+    block_drop(&s->a, &leaf);
+    block_drop(&s->a, &n);
+    CHECK(live_blocks(&s->a) == 0); /* without a further collection */
+    stage_end(s);
+}
+
+/* Deaths at the named points */
+
+struct scene {
+    int fd;
+    struct sh_ctx witness, c, lead;
+    struct sh_ref n, leaf;
+};
+
+static void drop_a_tree(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_ref n = node_new(&s->c, 3), m = node_new(&s->c, 2);
+    struct sh_ref leaf = shared(&s->c, &s->witness, &s->leaf);
+    store(&s->c, &n, 0, &leaf);
+    store(&s->c, &m, 1, &leaf);
+    block_drop(&s->c, &leaf);
+    put_into(&s->c, &n, 2, &m);
+    block_drop(&s->c, &n);
+}
+
+static void test_a_death_at_each_point_of_a_nodes_death(void)
+{
+    static const char *const points[] = {"node:dying", "node:settled", "node:unlisted",
+                                         "node:cleared", "node:stored"};
+    for (uint32_t p = 0; p < sizeof points / sizeof points[0]; p++) {
+        for (uint32_t n = 1;; n++) {
+            struct scene *s = calloc(1, sizeof *s);
+            s->fd = arena_new(8 << 20, NO_LIMIT);
+            arena_lead(&s->lead, s->fd);
+            arena_join(&s->witness, s->fd);
+            s->leaf = block_new(&s->witness, 64);
+            arena_join(&s->c, s->fd);
+            bool survived = child_survives(drop_a_tree, s, points[p], n);
+            arena_die(&s->c);
+            arena_die(&s->lead);
+            arena_lead(&s->lead, s->fd); /* a successor */
+            reap_dead(&s->lead, UINT64_MAX);
+            collect(&s->lead);
+            collect(&s->lead);
+            must_be_sound(&s->witness, EXACT_COUNTS);
+            CHECK(live_blocks(&s->witness) == 1 && count_of(&s->leaf) == 1);
+            block_drop(&s->witness, &s->leaf);
+            CHECK(live_blocks(&s->witness) == 0);
+            arena_leave(&s->witness);
+            arena_leave(&s->lead);
+            close(s->fd);
+            free(s);
+            if (survived)
+                break;
+            CHECK(n < 100);
+        }
+    }
+}
+
+int main(void)
+{
+    static const struct test tests[] = {
+        {"store_and_load", test_store_and_load},
+        {"replacing_frees", test_replacing_frees},
+        {"a_reference_to_a_freed_block_is_stale", test_a_reference_to_a_freed_block_is_stale},
+        {"long_chains_die", test_long_chains_die},
+        {"the_dead_leave_a_death_half_done", test_the_dead_leave_a_death_half_done},
+        {"cycles_are_collected", test_cycles_are_collected},
+        {"garbage_lets_go", test_garbage_lets_go},
+        {"marking_follows_references", test_marking_follows_references},
+        {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},
+        {"counts_that_are_too_high_are_lowered", test_counts_that_are_too_high_are_lowered},
+        {"a_death_at_each_point_of_a_nodes_death", test_a_death_at_each_point_of_a_nodes_death},
+    };
+    return test_main("nodes", tests, sizeof tests / sizeof tests[0]);
+}
