@@ -176,6 +176,24 @@ def test_functions_that_the_documents_name_exist() -> None:
     assert named <= set(re.findall(r"\bsh_[a-z_]+\b", c))
 
 
+def test_functions_are_in_the_files_that_the_documents_name() -> None:
+    """`file.c: function`, and all those in `file.c` (`function`, `function`)."""
+    said = []
+    for page in PAGES:
+        text = page.read_text()
+        said += re.findall(r"`([\w/]+\.(?:py|[ch])): (?:struct )?(?:\w+\.)?(\w+)`", text)
+        for file, names in re.findall(r"`([\w/]+\.[ch])` \(([^()]*)\)", text):
+            said += [(file, name) for name in re.findall(r"`(\w+)`", names)]
+    assert len(said) > 50
+    assert [(file, name) for file, name in said if not is_in(file, name)] == []
+
+
+def is_in(file: str, name: str) -> bool:
+    """Whether a source file of that name, or of that end of a path, has the word."""
+    found = (path for path in SOURCES if f"/{path}".endswith(f"/{file}"))
+    return any(re.search(rf"\b{name}\b", path.read_text()) for path in found)
+
+
 def test_files_that_the_invariants_name_exist() -> None:
     text = (DOCS / "invariants.md").read_text()
     named = re.findall(r"`((?:tests|shmheap)/[\w/.]+)`", text)
