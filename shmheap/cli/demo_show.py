@@ -80,8 +80,14 @@ def require_plot(file: str) -> None:
     """See that a plot can be made, before there is anything to draw. ImportError, ValueError."""
     if find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'shmheap[plot]'")
-    if not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"--plot: there is no directory {Path(file).absolute().parent}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(file).absolute()
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot: there is no directory {path.parent}")
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"--plot: {path.suffix} is none of {', '.join(sorted(known))}")
 
 
 def draw(file: str, samples: Sequence[Sample], phases: Sequence[Phase]) -> None:

@@ -133,7 +133,6 @@ def test_ctrl_c_ends_all_processes_and_the_heap(heap_name: str, folder: Path) ->
         (("--workers", "17"), "1 to 16"),
         (("--size", "much"), "not a size"),
         (("--size", "0"), "nothing fits"),
-        (("--plot", "/nowhere/plot.png"), "--plot"),
         (("--input", "/nowhere"), "/nowhere"),
         (("--directory", "/nowhere"), "/nowhere"),
     ],
@@ -145,6 +144,19 @@ def test_bad_options_are_told_in_a_line(
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("/nowhere/plot.png", "no directory /nowhere"), ("plot.foo", "none of")]
+)
+def test_a_plot_that_cannot_be_written_was_refused_at_the_end(
+    file: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--plot", file]) == 2
+    assert "shmheap: --plot: " in (said := capsys.readouterr().err)
+    assert says in said
+    assert "files" not in said, "nothing was loaded"
 
 
 def test_without_matplotlib_a_plot_is_refused_at_once(
