@@ -26,7 +26,7 @@ from shmheap import __version__
 from shmheap.cli.signals import INTERRUPTED
 from shmheap.errors import HeapError
 
-__all__ = ["main"]
+__all__ = ["main", "one_line"]
 
 FAILED = 2
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (HeapError, ValueError, OSError, ImportError) as error:
-        print(f"shmheap: {_one_line(error)}", file=sys.stderr)
+        print(f"shmheap: {one_line(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("shmheap: interrupted", file=sys.stderr)
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what an error says, for a line of its own: no errno, no line breaks."""
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{where}"
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     run = _add(commands, "run", "run", "be a heap's coordinator, in the foreground")
-    run.add_argument("name", metavar="NAME", help="made first if there is no such heap")
+    run.add_argument("name", metavar="NAME", help="or path; made if there is no such name")
     run.add_argument("--capacity", help='of a heap that is made, such as "4GiB"')
     _add(commands, "ls", "look", "list the heaps of this host")
     for command, group, text in (

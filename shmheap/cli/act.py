@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from shmheap import _core, arena
+from shmheap.cli import one_line
 from shmheap.cli.look import live_pids, observed
 from shmheap.cli.show import print_json, print_pairs, size
 from shmheap.coordinator.process import ensure_running
@@ -84,8 +85,8 @@ def rm(options: argparse.Namespace) -> int:
             removed.append({"name": name, "processes": users})
             say(f"{name}: removed" + (f"; {users} still use it" if users else ""))
         except (HeapError, OSError, ValueError) as error:
-            failed.append({"name": name, "error": str(error)})
-            print(f"shmheap: {name}: {error}", file=sys.stderr)
+            failed.append({"name": name, "error": one_line(error)})
+            print(f"shmheap: {name}: {one_line(error)}", file=sys.stderr)
     if options.json:
         print_json({"removed": removed, "failed": failed})
     return 2 if failed else 0

@@ -1,7 +1,8 @@
 """`shmheap run`: be a heap's coordinator.
 
 `open` and `create` start it like this, too, with a path for a name and the standard streams on
-/dev/null. Somebody who starts it by hand may do so before there is a heap: it is made first.
+/dev/null. Somebody who starts it by hand may do so before there is a heap of that name: it is made
+first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     steward = None
     status = INTERRUPTED
     with suppress(KeyboardInterrupt):  # before the coordinator handles it
-        if foreground:
+        if foreground and path != name:  # a path is that of a heap that there is
             with uninterrupted():
                 steward = _make(path, options)
         status = coordinate(path, foreground=foreground, steward=steward)

@@ -278,8 +278,11 @@ def test_rm_goes_on_after_one_that_it_cannot_remove(dead: int, heap_name: str) -
     done = run("rm", "a/b", heap_name, missing)
     assert done.returncode == 2
     assert done.stdout == f"{heap_name}: removed\n"
-    failed = [line.split(": ")[1] for line in done.stderr.splitlines()]
-    assert failed == ["a/b", missing]
+    failed = [line.split(": ")[1:3] for line in done.stderr.splitlines()]
+    assert failed == [
+        ["a/b", "a heap's name must not contain a slash"],
+        [missing, "there is no heap of that name"],
+    ]
 
 
 def test_rm_leaves_a_file_that_is_no_heap_unless_forced(heap_name: str) -> None:
@@ -340,6 +343,14 @@ def test_run_leaves_a_heap_that_has_a_coordinator_as_it_is(heap: shmheap.Heap) -
     assert done.returncode == 0
     assert "keeps its capacity" in done.stderr
     assert "has a coordinator already" in done.stderr
+
+
+def test_run_made_a_heap_of_a_path_that_no_name_has(heap_name: str) -> None:
+    odd = Path(f"/dev/shm/{heap_name}")
+    done = run("run", str(odd))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"shmheap: there is no heap of that name: {odd}\n"
+    assert not odd.exists()
 
 
 def test_a_coordinator_loads_nothing_that_is_only_nice_to_have(heap: shmheap.Heap) -> None:
