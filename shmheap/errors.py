@@ -84,7 +84,8 @@ class HeapFull(HeapError, MemoryError):
         idle_bytes: bytes of free spans, released or not (``heap_idle``).
         free_bytes: bytes that could still be handed out; with "fragmentation" not in one piece.
         largest_free_bytes: the longest free run of pages, when the error was made.
-        holders: (pid, bytes) of the largest holders, largest first.
+        holders: (pid, bytes) of the processes that hold most, largest first; of a block that
+            several hold each has its part.
         remedy: what helps; chosen by ``limit`` if not given.
         what: what it was for, if not for a block: then it was for ``requested_bytes`` of that.
 

@@ -28,6 +28,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -261,10 +262,9 @@ class Heap(HeapBase):
     def _full(self, nbytes: int, status: int, *, waiting: bool = False, what: str = "") -> HeapFull:
         stats = self.stats()
         free = stats.capacity - stats.heap_inuse
-        held_by: dict[int, int] = {}
-        for pid, held, _ in self._holders():
-            held_by[pid] = held_by.get(pid, 0) + held
-        holders = sorted(((p, n) for p, n in held_by.items() if n), key=lambda row: -row[1])
+        held_by: Counter[int] = Counter()
+        for pid, held in self._holders():
+            held_by[pid] += held
         allowed, unit, longest = self._room()
         own = self._config.memory_limit_bytes
         limit_bytes = 0
@@ -289,7 +289,7 @@ class Heap(HeapBase):
             idle_bytes=stats.heap_idle,
             free_bytes=free,
             largest_free_bytes=longest,
-            holders=holders[:5],
+            holders=held_by.most_common(5),
             what=what,
         )
 

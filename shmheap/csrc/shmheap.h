@@ -211,6 +211,9 @@ typedef void sh_report(void *arg, const char *invariant, const char *what);
 enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
 enum sh_status sh_inspect(struct sh_ctx *, int fd, sh_report *, void *arg); /* inspect.c */
 
+/* holders.c: bytes that each slot's process holds */
+enum sh_status sh_holders(struct sh_ctx *, uint64_t bytes[SH_MAX_SLOTS]);
+
 /* Asking the coordinator */
 bool sh_may_start(struct sh_ctx *);
 void sh_start_failed(struct sh_ctx *);

@@ -102,6 +102,44 @@ def test_fragmentation(make: Callable[..., Heap]) -> None:
     assert blocks
 
 
+def holders(heap: Heap) -> dict[int, int]:
+    """Whom an error names that is made now."""
+    return dict(heap._full(1, _core.FULL).holders)
+
+
+def test_who_had_made_the_blocks_was_named_as_their_holder(make: Callable[..., Heap]) -> None:
+    heap = make()
+    own = [heap.alloc(100_000) for _ in range(3)]
+    own += [heap.alloc(1000) for _ in range(50)]
+    with Worker() as worker:
+        worker.do("attach", heap.name)
+        worker.do("alloc_many", "many", 20, 100_000)
+        worker.do("keep", "sent", own)
+        held = {os.getpid(): 175_000, worker.pid: 2_000_000 + 175_000}
+        assert holders(heap) == held, "half of what both have"
+        own.clear()
+        held = {worker.pid: 2_000_000 + 350_000}
+        assert holders(heap) == held
+        block = heap.alloc(60_000)
+        again = copy.copy(block)
+        assert holders(heap) == held | {os.getpid(): 60_000}, "two handles hold one block"
+        heap.roots["named"] = block
+        assert holders(heap) == held | {os.getpid(): 40_000}, "a name is a holder"
+        lease = block.lease()
+        del block, again
+        assert holders(heap) == held | {os.getpid(): 30_000}, "what it sent is on its account"
+        lease.release()
+        assert holders(heap) == held
+        with pytest.raises(HeapFull) as caught:
+            heap.alloc(15 * MIB)
+        assert caught.value.holders == tuple(held.items())
+        worker.end()
+    assert len(heap.roots["named"]) == 60_000
+    heap.gc()
+    assert holders(heap) == {}
+    heap.roots.clear()
+
+
 def test_put_and_ndarray_are_refused_alike(make: Callable[..., Heap]) -> None:
     heap = make()
     for use in (heap.ndarray, lambda n: heap.put(bytes(8 * n))):

@@ -49,7 +49,7 @@ C_FLOORS = (
     ("drop",),
     ("block", "node", "slots"),
     ("arena", "roots", "mark", "table", "coord"),
-    ("check",),
+    ("check", "holders"),
     ("inspect",),
     ("py/py",),  # the header
     ("py/state",),

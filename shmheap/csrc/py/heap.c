@@ -482,10 +482,11 @@ static PyObject *heap_check(Heap *self, PyObject *unused)
     return box_usable(self->box) ? check_of(self->box) : NULL;
 }
 
+/* _holders() -> (pid, bytes) of every slot whose process holds any */
 static PyObject *heap_holders(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return box_usable(self->box) ? holders_of(&self->box->ctx) : NULL;
+    return box_usable(self->box) ? holders_of(self->box) : NULL;
 }
 
 static PyObject *heap_coordinator_alive(Heap *self, PyObject *unused)

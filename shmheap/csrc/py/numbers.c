@@ -145,8 +145,34 @@ PyObject *inspect_of(struct box *b)
 
 /* Processes and configuration */
 
-/* (pid, bytes, pins) of every process, the largest first is the caller's business. */
-PyObject *holders_of(const struct sh_ctx *c)
+static int append(PyObject *list, PyObject *row)
+{
+    int rc = row != NULL ? PyList_Append(list, row) : -1;
+    Py_XDECREF(row);
+    return rc;
+}
+
+/* (pid, bytes that it holds) of every slot that holds any. */
+PyObject *holders_of(struct box *b)
+{
+    uint64_t bytes[SH_MAX_SLOTS];
+    enum sh_status s;
+    PyObject *list = PyList_New(0);
+    box_enter(b);
+    WAITING(b, s, sh_holders(&b->ctx, bytes));
+    for (uint32_t i = 1; s == SH_OK && list != NULL && i < SH_MAX_SLOTS; i++)
+        if (bytes[i] != 0 &&
+            append(list, Py_BuildValue("(IK)", (unsigned int)atomic_load(&sh_slot(&b->ctx, i)->pid),
+                                       (unsigned long long)bytes[i])) != 0)
+            Py_CLEAR(list);
+    box_leave(b);
+    if (PyErr_Occurred() || (s != SH_OK && fail(b, s) == NULL))
+        Py_CLEAR(list);
+    return list;
+}
+
+/* (pid, bytes of the blocks it made less those it freed, pins) of every process. */
+PyObject *processes_of(const struct sh_ctx *c)
 {
     PyObject *list = PyList_New(0);
     uint32_t used = atomic_load(&c->hdr->slots_used);
@@ -155,12 +181,10 @@ PyObject *holders_of(const struct sh_ctx *c)
         if (atomic_load(&s->state) == SH_SLOT_FREE)
             continue;
         int64_t bytes = (int64_t)(atomic_load(&s->alloc_bytes) - atomic_load(&s->freed_bytes));
-        PyObject *row = Py_BuildValue("(ILK)", (unsigned int)atomic_load(&s->pid),
-                                      (long long)(bytes < 0 ? 0 : bytes),
-                                      (unsigned long long)atomic_load(&s->pins));
-        if (row == NULL || PyList_Append(list, row) != 0)
+        if (append(list, Py_BuildValue("(ILK)", (unsigned int)atomic_load(&s->pid),
+                                       (long long)(bytes < 0 ? 0 : bytes),
+                                       (unsigned long long)atomic_load(&s->pins))) != 0)
             Py_CLEAR(list);
-        Py_XDECREF(row);
     }
     return list;
 }

@@ -59,7 +59,7 @@ static PyObject *observer_processes(Heap *self, PyObject *unused)
 {
     (void)unused;
     struct sh_ctx *c = observer_ctx(self);
-    return c ? holders_of(c) : NULL;
+    return c ? processes_of(c) : NULL;
 }
 
 static PyObject *observer_header(Heap *self, PyObject *unused)

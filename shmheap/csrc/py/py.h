@@ -155,7 +155,8 @@ PyObject *core_after_fork(PyObject *self, PyObject *unused);
 PyObject *stats_of(const struct sh_ctx *);
 PyObject *check_of(struct box *);
 PyObject *inspect_of(struct box *);
-PyObject *holders_of(const struct sh_ctx *);
+PyObject *holders_of(struct box *);
+PyObject *processes_of(const struct sh_ctx *);
 PyObject *config_of(const struct sh_ctx *);
 
 /* block.c */
