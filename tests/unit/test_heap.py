@@ -7,9 +7,11 @@ import gc
 import mmap
 import os
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from shmheap import (
     HeapNotFound,
     HeapStats,
     StaleHandle,
+    _core,
     arena,
 )
 
@@ -531,6 +534,15 @@ def test_a_thread_frees_what_another_allocates(hand: HeapByHand) -> None:
     assert hand.stats.heap_objects == 0
 
 
+@pytest.fixture
+def short_slices() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def test_closing_while_threads_are_inside(hand: HeapByHand) -> None:
     again = Heap.attach(hand.heap.name)
     started = threading.Barrier(5)
@@ -558,6 +570,32 @@ def test_closing_while_threads_are_inside(hand: HeapByHand) -> None:
     assert hand.reap() == 1
     hand.collect()
     assert hand.stats.heap_objects == 0
+
+
+def test_a_heap_that_a_thread_closed_was_read_by_those_inside(
+    hand: HeapByHand, short_slices: None
+) -> None:
+    """Most often, in a hundred rounds, by one that was about to say why there is no memory."""
+    for _ in range(100):
+        again = Heap.attach(hand.heap.name)
+        inside = threading.Barrier(4)
+
+        def say_why(heap: Heap = again, inside: threading.Barrier = inside) -> None:
+            inside.wait()
+            with suppress(ValueError):  # the heap is closed
+                while True:
+                    heap._full(MIB, _core.FULL)
+
+        threads = [threading.Thread(target=say_why) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        inside.wait()
+        for _ in range(20):
+            hand.heap.alloc(100_000).free()
+        again.close()
+        for thread in threads:
+            thread.join()
+        assert hand.reap() == 1
 
 
 # Asking the coordinator

@@ -62,6 +62,8 @@ PyObject *fail(struct box *b, enum sh_status s)
         PyErr_SetString(state->StaleHandle, "the block is gone: its last holder dropped it");
         break;
     case SH_CORRUPT:
+        if (b->ctx.hdr == NULL) /* closed meanwhile */
+            return fail(b, SH_CLOSED);
         fail_corrupt(b);
         break;
     case SH_UNTRUSTED:

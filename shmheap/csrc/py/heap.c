@@ -245,9 +245,11 @@ static PyObject *heap_drop_lease(Heap *self, PyObject *args)
         !box_usable(self->box))
         return NULL;
     struct box *b = self->box;
+    box_enter(b);
     WAITING(b, s, sh_lease_drop(&b->ctx, off, gen, cell, seq, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    box_leave(b);
     return PyErr_Occurred() ? NULL : PyBool_FromLong(s == SH_OK);
 }
 
@@ -300,11 +302,13 @@ static PyObject *heap_root_set(Heap *self, PyObject *args)
     if (!ref_here(b, block, &ref))
         return PyErr_Format(PyExc_ValueError,
                             "the block belongs to another heap; copy it with heap.put()");
+    box_enter(b);
     WAITING_FOR_ROOM(
         b, s,
         (must_be_new ? sh_root_add : sh_root_set)(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    box_leave(b);
     if (PyErr_Occurred())
         return NULL;
     return s == SH_OK || s == SH_CHANGED ? PyBool_FromLong(s == SH_OK) : fail(b, s);
@@ -324,9 +328,11 @@ static PyObject *heap_root_clear(Heap *self, PyObject *args)
     struct box *b = self->box;
     if (only != NULL && !ref_here(b, only, &ref))
         Py_RETURN_FALSE;
+    box_enter(b);
     WAITING(b, s, sh_root_clear_of(&b->ctx, name, (uint32_t)len, only ? &ref : NULL, SLICE_MS));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
+    box_leave(b);
     if (PyErr_Occurred())
         return NULL;
     return s == SH_OK || s == SH_ABSENT ? PyBool_FromLong(s == SH_OK) : fail(b, s);
@@ -395,6 +401,8 @@ static PyObject *heap_await(Heap *self, PyObject *args)
         b->ctx.ring = slice % SUCCESSION_SLICES == 0 && !sh_alive(&b->ctx, 0);
         if (box_ring(b) != 0)
             return NULL;
+        if (!b->attached)
+            return fail(b, SH_CLOSED);
     }
     if (s == SH_CORRUPT)
         return fail(b, s);
@@ -417,12 +425,15 @@ static PyObject *heap_room(Heap *self, PyObject *unused)
     (void)unused;
     if (!box_usable(b))
         return NULL;
+    box_enter(b);
     WAITING(b, s, sh_pages_longest(&b->ctx, SLICE_MS, &longest));
+    unsigned long long unit = 1ull << b->ctx.geo.unit_shift,
+                       limit = atomic_load(&b->ctx.hdr->limit_units) * unit,
+                       run = (unsigned long long)longest << b->ctx.geo.page_shift;
+    box_leave(b);
     if (s != SH_OK)
-        return fail(b, s);
-    return Py_BuildValue(
-        "KKK", (unsigned long long)atomic_load(&b->ctx.hdr->limit_units) << b->ctx.geo.unit_shift,
-        1ull << b->ctx.geo.unit_shift, (unsigned long long)longest << b->ctx.geo.page_shift);
+        return PyErr_Occurred() ? NULL : fail(b, s);
+    return Py_BuildValue("KKK", limit, unit, run);
 }
 
 /* _freed() -> the counter to give to _wait_memory: read before trying to allocate again. */

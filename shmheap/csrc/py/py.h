@@ -118,7 +118,8 @@ static inline void box_leave(struct box *b)
         box_settle(b);
 }
 
-/* Calls `op` without the GIL until it is not BUSY; signals are served in between. */
+/* Calls `op` without the GIL until it is not BUSY; signals are served in between. Another thread
+ * may have closed the box by then, and unmapped it: who needs it after, enters it before. */
 #define WAITING(b, s, op)                      \
     do {                                       \
         box_enter(b);                          \
