@@ -11,16 +11,27 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-import threading
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from by_hand import EVERYTHING, PAGE, HeapByHand
+from processes import Worker
+from stepper import Stepped, pause
 
 from shmheap import Block, HeapStats, rss
 from shmheap.verify import UnitState
 
 KIB, MIB = 1 << 10, 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = (ROOT / "shmheap" / "csrc" / "size_classes.h").read_text()
+SPANS = {
+    int(npages): (int(size), int(nblocks))
+    for size, npages, nblocks in re.findall(r"^    \{ *(\d+), *(\d+), *(\d+),", CLASSES, re.M)
+}
+"""By their pages, some class of such spans: bytes of a block, and blocks."""
+
 LATE = 1 << 20
 """A stamp later than all that the tests give, and not `EVERYTHING`."""
 
@@ -197,19 +208,20 @@ def test_s9_every_free_list_is_walked(hand: HeapByHand) -> None:
     hand.assert_sound()
 
 
-def test_s9_short_free_spans_are_walked_too(hand: HeapByHand) -> None:
-    """Runs of 1 to 8 pages: spans of small blocks that became empty between others."""
-    for size in (16, 256, 300, 1024, 2500, 5000, 9000, 14_000):
-        blocks = [hand.heap.alloc(size) for _ in range(200_000 // size + 1)]
-        blocks.sort(key=lambda block: block.offset)
-        hand.heap.roots[str(size)] = blocks[-1]
-        del blocks
+@pytest.mark.parametrize("npages", range(1, 9))
+def test_s9_short_free_spans_are_walked_too(hand: HeapByHand, npages: int) -> None:
+    """Every other one of 20 spans of small blocks is empty: runs of 1 to 8 pages."""
+    size, nblocks = SPANS[npages]
+    blocks = [hand.heap.alloc(size) for _ in range(20 * nblocks)]
+    blocks.sort(key=lambda block: block.offset)
+    empty = [block.offset for block in blocks[:: 2 * nblocks]]
+    kept = blocks[nblocks :: 2 * nblocks]
+    del blocks
     hand.collect()
-    hand.release()
-    stats = hand.stats
-    # What is left is the survivors' own pages, and a page of pins: each class keeps no empty span.
-    assert stats.heap_sys - stats.heap_released <= 9 * PAGE * 2
-    hand.assert_sound()
+    assert hand.stats.heap_idle == 10 * npages * PAGE
+    assert len(kept) == 10
+    hand.release(1)
+    assert [hand.held(offset, npages * PAGE) for offset in empty] == [0] * 10
 
 
 def test_s11_releasing_frees_the_memory_and_not_only_the_mapping(hand: HeapByHand) -> None:
@@ -428,26 +440,34 @@ def test_fault_1_in_spans_of_small_blocks_ages_are_those_of_pages(hand: HeapByHa
 
 
 def test_fault_3_no_lock_is_held_while_memory_is_given_back(hand: HeapByHand) -> None:
-    """Whoever wants pages gets them between the first and the last look at pages on their way."""
+    """The coordinator stands before the system call, and another takes pages."""
 
     def on_the_way() -> bool:
         return UnitState.RELEASING in hand.observer.books()[0]
 
-    for _ in range(200):
-        hand.heap.alloc(48 * MIB).free()
-        hand.collect()
-        giving = threading.Thread(target=hand.release)
-        giving.start()
-        seen = False
-        while giving.is_alive() and not seen:
-            if on_the_way():
-                block = hand.heap.alloc(MIB)  # a run of pages: the heap lock
-                seen = on_the_way()
-                block.free()
-        giving.join()
-        if seen:
-            return
-    pytest.fail("no page could be taken while others were on their way to the system")
+    def give_back() -> None:
+        hand.succeed()
+        pause()
+        hand.release()
+
+    hand.heap.alloc(48 * MIB).free()
+    hand.collect()
+    with Worker() as worker:
+        worker.do("attach", hand.heap.name)
+        giving = Stepped(give_back)
+        hand.steward.close()  # now: whoever finds no coordinator starts one
+        try:
+            assert giving.to_marker()
+            while not on_the_way():
+                assert giving.step() is not None, "it gave nothing back"
+            worker.do("alloc", "block", MIB)  # a run of pages: the heap lock
+            assert on_the_way()
+            assert giving.end() == 0
+        finally:
+            giving.kill()
+            hand.succeed()
+        worker.end()
+    assert hand.reap() == 2
 
 
 def test_fault_4_under_pressure_age_does_not_matter(hand: HeapByHand) -> None:
