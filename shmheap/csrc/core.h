@@ -183,6 +183,7 @@ void sh_process_unlock(struct sh_slot *);
 /* Refused by everybody from now on, and told by what was found here. SH_CORRUPT, for its caller. */
 enum sh_status sh_corrupt(struct sh_ctx *, enum sh_fault, uint64_t where);
 void sh_fork_ranks(void);
+uint32_t sh_ranks_held(void); /* by this thread, a bit each; debug builds know */
 #define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
 
 /* Changes a plain word under a lock: first its old value goes into the log (I-3). Without the log

@@ -36,9 +36,17 @@ void sh_fork_ranks(void)
 {
     ranks_held = 0;
 }
+uint32_t sh_ranks_held(void)
+{
+    return ranks_held;
+}
 #else
 void sh_fork_ranks(void)
 {
+}
+uint32_t sh_ranks_held(void)
+{
+    return 0;
 }
 static inline void rank_taken(uint32_t rank)
 {

@@ -337,8 +337,15 @@ static void moment_passes(const char *name)
     CHECK(pthread_join(other, NULL) == 0);
 }
 
+/* Points between a system call that commits or punches and the next (I-4). */
+static bool is_at_the_door(const char *name)
+{
+    return strcmp(name, "commit:step") == 0 || strcmp(name, "release:punched") == 0;
+}
+
 void sh_crash_point(const char *name)
 {
+    CHECK(!is_at_the_door(name) || sh_ranks_held() == 0);
     moment_passes(name);
     if (die_at != NULL && strcmp(die_at, name) == 0 && --die_in == 0)
         kill(getpid(), SIGKILL);
