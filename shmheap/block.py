@@ -89,7 +89,11 @@ class Lease:
         return rebuild, self.handle
 
     def take(self) -> Block:
-        """Return the block, held by this process from now on. Raises StaleHandle if it is gone."""
+        """Return the block, held by this process from now on.
+
+        Raises StaleHandle if it is gone, and what Heap.attach raises. Cost: the process lock; that
+        of attaching where this process has not used the heap yet.
+        """
         return rebuild(*self.handle)
 
     def release(self) -> bool:

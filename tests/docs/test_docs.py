@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -105,6 +106,23 @@ def test_public_members_are_in_the_reference(cls: type) -> None:
     members -= set(dir(BaseException))
     missing = {name for name in members if not re.search(rf"`(?:\w+\.)?{name}\b", REFERENCE)}
     assert not missing
+
+
+CALLS = [shmheap.open, shmheap.unlink]
+CALLS += [
+    getattr(cls, name)
+    for cls in (shmheap.Heap, shmheap.Block, shmheap.Lease)
+    for name in dir(cls)
+    if not name.startswith("_") and callable(getattr(cls, name))
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__qualname__)
+def test_docstrings_say_how_to_call_and_what_it_costs(call: Callable[..., object]) -> None:
+    said = inspect.getdoc(call) or ""
+    assert "Cost: " in said
+    parameters = inspect.signature(call).parameters.keys() - {"self"}
+    assert {name for name in parameters if f"{name}: " not in said} == set()
 
 
 @pytest.mark.parametrize(

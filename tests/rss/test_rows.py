@@ -224,8 +224,8 @@ def test_s9_short_free_spans_are_walked_too(hand: HeapByHand, npages: int) -> No
     assert [hand.held(offset, npages * PAGE) for offset in empty] == [0] * 10
 
 
-def test_s11_releasing_frees_the_memory_and_not_only_the_mapping(hand: HeapByHand) -> None:
-    """Fault 5 as well: RSS falls on MADV_DONTNEED, and nothing is free."""
+def test_s11_fault_5_releasing_frees_the_memory_and_not_only_the_mapping(hand: HeapByHand) -> None:
+    """RSS falls on MADV_DONTNEED, and nothing is free."""
     block = hand.heap.put(b"x" * (8 * MIB))
     with mmap.mmap(hand.fd, 0, prot=mmap.PROT_READ) as window:
         start = hand.observer.books()[1] + block.offset

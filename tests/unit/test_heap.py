@@ -208,6 +208,20 @@ def test_a_heap_that_was_never_attached_is_closed() -> None:
     bare.close()
 
 
+def test_repr_raised_where_the_heap_was_closed_meanwhile(
+    hand: HeapByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Heap.attach(hand.heap.name)
+
+    def stats(heap: Heap) -> HeapStats:
+        heap.close()  # as another thread may
+        return original(heap)
+
+    original = Heap.stats
+    monkeypatch.setattr(Heap, "stats", stats)
+    assert repr(again) == f"<shmheap.Heap {hand.heap.name!r}: closed>"
+
+
 def test_with_closes_also_after_an_error_and_never_unlinks(hand: HeapByHand) -> None:
     name = hand.heap.name
 

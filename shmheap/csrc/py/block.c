@@ -266,13 +266,21 @@ static PyObject *block_deepcopy(Block *self, PyObject *memo)
 
 static PyMethodDef block_methods[] = {
     {"free", (PyCFunction)block_free, METH_NOARGS,
+     "free($self, /)\n--\n\n"
      "Drop this handle's hold on the block now instead of when the handle goes.\n\n"
      "The memory is free when no process holds it any more. A second call does nothing.\n\n"
-     "Raises:\n    BufferError: a buffer exported from this handle is still in use."},
+     "Raises:\n    BufferError: a buffer exported from this handle is still in use.\n\n"
+     "Cost: the process lock; of the last holder of a block larger than 64 KiB the heap lock, "
+     "too."},
     {"lease", (PyCFunction)block_lease, METH_NOARGS,
+     "lease($self, /)\n--\n\n"
      "Return a Lease: keeps the block alive on its way to another process, until taken or "
      "released.\n\n"
-     "Pickling a Block makes one by itself. Cost: the process lock."},
+     "Pickling a Block makes one by itself.\n\n"
+     "Raises:\n"
+     "    HeapFull: no memory for the lease itself, some bytes.\n"
+     "    StaleHandle: this handle was freed.\n\n"
+     "Cost: the process lock."},
     {"__reduce__", (PyCFunction)block_reduce, METH_NOARGS, "Pickle as a handle, with a lease."},
     {"__copy__", (PyCFunction)block_copy, METH_NOARGS, "Another handle of the same block."},
     {"__deepcopy__", (PyCFunction)block_deepcopy, METH_O, "A new block with a copy of the bytes."},

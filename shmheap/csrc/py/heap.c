@@ -586,16 +586,19 @@ static PyObject *heap_get_closed(Heap *self, void *unused)
 static PyMethodDef heap_methods[] = {
     {"_attach", (PyCFunction)heap_attach, METH_VARARGS, NULL},
     {"close", (PyCFunction)heap_close, METH_NOARGS,
+     "close($self, /)\n--\n\n"
      "Leave the heap: this process drops what it holds. Exported buffers stay valid until "
      "released.\n\n"
-     "Idempotent. Blocks of this Heap object cannot be used any more. Never unlinks."},
+     "Idempotent. Blocks of this Heap object cannot be used any more. Never unlinks.\n\n"
+     "Cost: the registry lock, and some system calls."},
     {"alloc", (PyCFunction)(void (*)(void))heap_alloc, METH_FASTCALL | METH_KEYWORDS,
      "alloc($self, nbytes, /, *, zero=True, timeout=0)\n--\n\n"
      "Return a new Block of nbytes bytes, which this process holds.\n\n"
      "Args:\n"
      "    nbytes: Size in bytes, at least 1.\n"
      "    zero: Whether the bytes are zeroed; otherwise they are arbitrary.\n"
-     "    timeout: Seconds to wait for memory: 0 fails at once, None waits for ever.\n\n"
+     "    timeout: Seconds to wait for memory; None: for ever. 0: only until the coordinator has\n"
+     "        looked for some, which takes milliseconds.\n\n"
      "Raises:\n"
      "    HeapFull: No memory, and waiting did not help. Says which limit, who holds most, what to "
      "do.\n"
@@ -604,7 +607,10 @@ static PyMethodDef heap_methods[] = {
      "process wants. Larger blocks take the heap lock, and pages not in memory are committed."},
     {"put", (PyCFunction)heap_put, METH_O,
      "put($self, data, /)\n--\n\nReturn a new Block with a copy of a bytes-like object's bytes.\n\n"
-     "Raises what alloc raises; ValueError for empty data."},
+     "Args:\n"
+     "    data: Anything with a buffer, at least 1 byte; of an array the bytes are in C order.\n\n"
+     "Raises what alloc raises, and TypeError for what has no buffer.\n\n"
+     "Cost: alloc's, and a copy."},
     {"_alloc_once", (PyCFunction)heap_alloc_once, METH_VARARGS, NULL},
     {"_adopt", (PyCFunction)heap_adopt, METH_VARARGS, NULL},
     {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
