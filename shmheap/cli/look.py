@@ -27,6 +27,14 @@ from shmheap.verify import VerifyReport, verify_quiet
 
 __all__ = ["ls", "stat", "verify"]
 
+PHASES = {
+    _core.PHASE_IDLE: "idle",
+    _core.PHASE_MARK: "mark",
+    _core.PHASE_FINAL: "final",
+    _core.PHASE_SWEEP: "sweep",
+}
+"""Of a collection; a damaged header may say another number."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeapRow:
@@ -113,7 +121,7 @@ def _row(file: arena.ArenaFile, *, unlinked: bool = False) -> HeapRow | None:
                 held_bytes=held_bytes(fd),
                 processes=users,
                 coordinator_pid=coordinator,
-                unlinked=unlinked or bool(header["unlinked"]),
+                unlinked=unlinked or header["unlinked"],
                 orphan=(orphan := not users and coordinator is None),
                 stale=orphan and not arena.read_config(fd, file.path).keep,
                 problem=_corrupt(file.path, header["fault"]),
@@ -198,6 +206,7 @@ def stat(options: argparse.Namespace) -> int:
         stats = asdict(HeapStats(**observer.stats()))
         header = observer.header()
         header["config"] = json.loads(header["config"])
+        header["phase"] = PHASES.get(header["phase"], header["phase"])
         held = held_bytes(fd)
         alive = live_pids(fd, observer)
         processes = [

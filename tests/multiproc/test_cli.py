@@ -178,7 +178,8 @@ def test_stat_tells_what_the_heap_tells(heap: shmheap.Heap) -> None:
     found = asked("stat", heap.name)
     numbers = found["stats"] | {"pause_ns": tuple(found["stats"]["pause_ns"])}
     assert HeapStats(**numbers) == heap.stats()
-    assert found["header"]["config"]["keep"] is False
+    header = found["header"]
+    assert (header["phase"], header["unlinked"], header["config"]["keep"]) == ("idle", False, False)
     [process] = found["processes"]
     assert (process["pid"], process["alive"]) == (os.getpid(), True)
     assert process["handles"] == len(blocks)

@@ -73,13 +73,14 @@ static PyObject *observer_header(Heap *self, PyObject *unused)
     for (uint32_t i = 1; i < atomic_load(&h->slots_used) && i < SH_MAX_SLOTS; i++)
         alive += sh_alive(c, i);
     return Py_BuildValue(
-        "{sI sK sI sI sK sK sN sI sI sI sI sN sN}", "version", h->version, "nonce",
+        "{sI sK sI sI sK sK sN sI sI sI sN sN sN}", "version", h->version, "nonce",
         (unsigned long long)h->nonce, "page_bytes", 1u << c->geo.page_shift, "unit_bytes",
         1u << c->geo.unit_shift, "capacity", (unsigned long long)c->geo.capacity, "created_ns",
         (unsigned long long)h->created_ns, "coordinator_alive", PyBool_FromLong(sh_alive(c, 0)),
         "coordinator_pid", (unsigned int)atomic_load(&sh_slot(c, 0)->pid), "users_alive", alive,
         "phase", sh_phase_of(atomic_load(&h->phase)), "unlinked",
-        (unsigned int)atomic_load(&h->unlinked), "fault", fault_text(c), "config", config_of(c));
+        PyBool_FromLong(atomic_load(&h->unlinked) != 0), "fault", fault_text(c), "config",
+        config_of(c));
 }
 
 static PyObject *observer_check(Heap *self, PyObject *unused)
