@@ -29,6 +29,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -596,7 +597,9 @@ def open(name: str, *, capacity: int | str | None = None, config: Config | None 
 def _require_same(heap: Heap, capacity: int | str | None, config: Config | None) -> None:
     problem = None
     if config is not None and config != heap.config:
-        problem = f"was made with {heap.config}, not {config}"
+        made, asked = asdict(heap.config), asdict(config)
+        other = [name for name in made if made[name] != asked[name]]
+        problem = "was made with " + ", ".join(f"{n}={made[n]!r}, not {asked[n]!r}" for n in other)
     elif capacity is not None and not _is_capacity_of(heap, parse_size(capacity)):
         problem = f"has a capacity of {heap.capacity} bytes, not {capacity}"
     if problem is not None:

@@ -126,6 +126,12 @@ def test_open_with_other_values_is_refused(
     heap.alloc(10)
 
 
+def test_open_names_what_is_not_as_asked_for(heap: Heap) -> None:
+    with pytest.raises(ValueError, match="exists") as caught:
+        shmheap.open(heap.name, config=Config(keep=True, gc_percent=50))
+    assert str(caught.value).endswith("made with gc_percent=100, not 50, keep=False, not True")
+
+
 @pytest.mark.parametrize("capacity", [8192, 10_000, MIB - 1, "1.5MiB"])
 def test_capacity_is_whole_pages(heap_name: str, capacity: int | str) -> None:
     with HeapByHand(heap_name, shmheap.config.parse_size(capacity)) as hand:
