@@ -823,7 +823,7 @@ def test_no_pickle_is_read_from_the_arena(folder: str, heap_name: str) -> None:
         heap.unlink()
     # And instead of the configuration.
     with HeapByHand(heap_name, MIB, Config(directory=folder)) as hand:
-        os.pwrite(hand.fd, payload, os.pread(hand.fd, 4096, 0).index(b"{"))
+        os.pwrite(hand.fd, payload, os.pread(hand.fd, 4096, 0).index(b'{"'))
         done = read(heap_name, folder)
         assert (done.returncode, "damaged configuration" in done.stderr) == (1, True)
     assert not Path(folder, "planted").exists()
