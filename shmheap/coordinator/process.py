@@ -133,7 +133,6 @@ def _open(heap: str) -> tuple[int, str]:
     if not (is_detached() and _is_given()):
         return open_arena(heap)
     arena_fd, _ = open_arena("/proc/self/fd/0")
-    _replace(0, os.open(os.devnull, os.O_RDONLY))
     with contextlib.suppress(HeapError):
         named_fd, _ = open_arena(heap)
         if os.path.samestat(os.fstat(named_fd), os.fstat(arena_fd)):
@@ -150,9 +149,13 @@ def _replace(fd: int, by_fd: int) -> None:
 
 def _take_place(arena_fd: int) -> Steward:
     """Become the coordinator, which must wait for a process that was stopped in attaching."""
-    while True:
-        with contextlib.suppress(TimeoutError):  # after ten seconds
-            return _core.Steward(arena_fd)
+    try:
+        while True:
+            with contextlib.suppress(TimeoutError):  # after ten seconds
+                return _core.Steward(arena_fd)
+    finally:
+        if is_detached():  # what we were given says that somebody is starting
+            _replace(0, os.open(os.devnull, os.O_RDONLY))
 
 
 def _serve(steward: Steward, config: Config, log: logging.Logger, *, linger: bool) -> Outcome:

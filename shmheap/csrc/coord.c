@@ -290,8 +290,8 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
     *phase = sh_phase_of(atomic_load(&c->hdr->phase));
     recount_all(c);
     atomic_store(&c->hdr->borrowed_pages, 0);
-    atomic_store(&c->hdr->started_ms, 0);
     bury(c, 0, SH_IDLE); /* garbage of the other's sweep, or what the dead had left */
+    atomic_store(&c->hdr->started, 0);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (!is_unfinished(c, page, span))
             continue;

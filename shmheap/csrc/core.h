@@ -7,6 +7,8 @@
 
 #include "shmheap.h"
 
+#include <stddef.h>
+
 /* Named points, for the C tests alone: they bring what happens there, such as a death. All of them:
  * docs/reference/crash-points.md. */
 #ifdef SH_CRASH_POINTS
@@ -85,7 +87,10 @@ static inline struct sh_slot *sh_slot(const struct sh_ctx *c, uint32_t slot)
     return (struct sh_slot *)(c->base + c->geo.slots) + slot;
 }
 
-/* The byte of the file whose lock says that the slot's process lives (I-8). */
+/* The bytes of the file whose locks say that a coordinator is starting (I-9), and that the slot's
+ * process lives (I-8). */
+#define SH_START_BYTE offsetof(struct sh_header, started)
+
 static inline uint64_t sh_slot_byte(const struct sh_ctx *c, uint32_t slot)
 {
     return c->geo.slots + slot * sizeof(struct sh_slot);

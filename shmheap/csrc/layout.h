@@ -332,9 +332,10 @@ struct sh_header {
         freed; /* futex: goes up when memory comes free for a waiter; W: anybody */
     _Alignas(
         SH_LINE) _Atomic uint32_t wants; /* SH_WANT_ bits; W: anybody sets, coordinator clears */
-    /* CLOCK_MONOTONIC, ms, when a successor was last started; 0 since one began. W: whoever starts
-     * one, by CAS; coordinator */
-    _Atomic uint64_t started_ms;
+    /* How often a successor was started since the last one began:16, and above them when that was
+     * last, CLOCK_MONOTONIC, ms; 0 since one began. The byte here is locked by one that starts,
+     * until it is the coordinator (I-9). W: whoever starts one, by CAS; coordinator */
+    _Atomic uint64_t started;
 
     /* units:40, and above them how often they changed. Units RESERVED, COMMITTED or RELEASING: what
      * the kernel holds of the data area. A death may leave it too high until the next collection.

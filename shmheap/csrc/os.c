@@ -253,8 +253,9 @@ void sh_os_nap(long ns)
 struct program {
     char *const *argv;
     const char *log_path; /* for stderr; NULL: nowhere */
-    int input;            /* its stdin; -1: nothing */
-    volatile int error;   /* errno, with SH_LOG_FAILED if it was the log */
+    int input;            /* its stdin, an arena; -1: nothing */
+    char input_path[32];
+    volatile int error; /* errno, with SH_LOG_FAILED if it was the log */
 };
 
 /* Signals do to it what they do to a program that nobody has prepared. */
@@ -276,6 +277,19 @@ static int open_log(const char *path)
     return log;
 }
 
+/* The arena through an open file of the program's own, whose lock says that it starts for as long
+ * as it keeps the file: to its death at most. That another has the lock is no reason not to start.
+ */
+static int open_input(const struct program *p)
+{
+    struct flock l = lock_of_byte(SH_START_BYTE);
+    int own = p->input < 0 ? -1 : open(p->input_path, O_RDWR | O_CLOEXEC);
+    if (own < 0)
+        return p->input;
+    fcntl(own, F_OFD_SETLK, &l);
+    return own;
+}
+
 /* The grandchild: no terminal, no inherited descriptors but one. Only async-signal-safe calls:
  * other threads of the parent may hold any lock. */
 static void run_program(struct program *p)
@@ -283,7 +297,7 @@ static void run_program(struct program *p)
     int null = open("/dev/null", O_RDWR);
     int log = p->log_path ? open_log(p->log_path) : null;
     if (log >= 0) {
-        if (dup2(p->input, 0) < 0)
+        if (dup2(open_input(p), 0) < 0)
             dup2(null, 0);
         dup2(null, 1);
         dup2(log, 2);
@@ -316,6 +330,7 @@ static int stand_between(void *program)
 int sh_os_spawn_detached(char *const argv[], const char *log_path, int input)
 {
     struct program program = {.argv = argv, .log_path = log_path, .input = input};
+    snprintf(program.input_path, sizeof program.input_path, "/proc/self/fd/%d", input);
     _Alignas(16) char stack[CHILD_STACK_BYTES];
     sigset_t all, before;
     sigfillset(&all); /* a handler of ours must not run in a child */

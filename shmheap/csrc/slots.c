@@ -158,21 +158,26 @@ uint32_t sh_request(struct sh_ctx *c, enum sh_request kind)
 }
 
 #define STARTING_MS 1000u /* an interpreter's start is 100 ms, more on a busy machine */
+#define SPAWNING_MS 30u   /* until its byte is locked */
+#define HURRIES     8u    /* that so many die as they start is no chance */
 
 /* Whether it is ours to start a successor. Of all who find that there is none, one does it: ten
- * interpreters that start at once take the time from each other, and from everybody else. Should
- * nobody have come of it, it is somebody's turn again. */
+ * interpreters that start at once take the time from each other, and from everybody else. Should it
+ * have died before it began, or nobody have come of it, it is somebody's turn again. */
 bool sh_may_start(struct sh_ctx *c)
 {
-    uint64_t now = sh_os_now_ns() / 1000000u, last = atomic_load(&c->hdr->started_ms);
-    return (last == 0 || now - last >= STARTING_MS) &&
-           atomic_compare_exchange_strong(&c->hdr->started_ms, &last, now);
+    uint64_t now = sh_os_now_ns() / 1000000u, was = atomic_load(&c->hdr->started);
+    uint64_t since = now - (was >> 16), times = was & 0xffffu;
+    bool dead = since >= SPAWNING_MS && times < HURRIES && !sh_os_byte_is_held(c, SH_START_BYTE);
+    return (was == 0 || since >= STARTING_MS || dead) &&
+           atomic_compare_exchange_strong(&c->hdr->started, &was,
+                                          now << 16 | (times < HURRIES ? times + 1 : HURRIES));
 }
 
 /* Then the next one need not wait. */
 void sh_start_failed(struct sh_ctx *c)
 {
-    atomic_store(&c->hdr->started_ms, 0);
+    atomic_store(&c->hdr->started, 0);
 }
 
 enum sh_status sh_await(struct sh_ctx *c, enum sh_request kind, uint32_t ticket, int wait_ms)

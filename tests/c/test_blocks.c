@@ -1374,6 +1374,31 @@ static void test_holders(void)
     stage_end(s);
 }
 
+/* So many starts, the last of them some time ago. */
+static void started_before(const struct sh_ctx *c, uint64_t ms, uint64_t times)
+{
+    atomic_store(&c->hdr->started, (sh_os_now_ns() / 1000000u - ms) << 16 | times);
+}
+
+static void test_a_coordinator_killed_as_it_started_was_missed_for_a_second(void)
+{
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    arena_die(&s->lead);
+    CHECK(sh_may_start(&s->a) && !sh_may_start(&s->b));
+    void *starting = sh_os_hold_byte(&s->a, SH_START_BYTE, false);
+    started_before(&s->b, 100, 1);
+    CHECK(!sh_may_start(&s->b)); /* it lives */
+    sh_os_let_go(starting);
+    CHECK(sh_may_start(&s->b) && !sh_may_start(&s->a));
+    started_before(&s->b, 100, 8);
+    CHECK(!sh_may_start(&s->b)); /* so often is no chance */
+    started_before(&s->b, 1000, 8);
+    CHECK(sh_may_start(&s->b));
+    arena_lead(&s->lead, s->fd);
+    CHECK(atomic_load(&s->a.hdr->started) == 0);
+    stage_end(s);
+}
+
 int main(void)
 {
     static const struct test tests[] = {
@@ -1424,6 +1449,8 @@ int main(void)
         {"many_epochs", test_many_epochs},
         {"succession", test_succession},
         {"holders", test_holders},
+        {"a_coordinator_killed_as_it_started_was_missed_for_a_second",
+         test_a_coordinator_killed_as_it_started_was_missed_for_a_second},
     };
     return test_main("blocks", tests, sizeof tests / sizeof tests[0]);
 }

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -215,22 +216,38 @@ def test_whoever_finds_it_dead_starts_a_successor(
     assert_whole(heap)
 
 
-def test_of_all_who_find_none_one_starts_one(heap: Heap, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_all_who_find_none_one_starts_one(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A start takes an interpreter's time, and all go on finding none until it is over."""
     started: list[str] = []
+    ensure_running = process.ensure_running
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    slow = tmp_path / "python"
+    slow.write_text(f"#!/bin/sh\necho $$ > {pids}\nread x < {pids}\n")
+    slow.chmod(0o755)
+
+    def start(path: str, config: Config, arena_fd: int) -> None:
+        started.append(path)
+        ensure_running(path, replace(config, python=str(slow)), arena_fd)
+
     others = [Heap.attach(heap.name) for _ in range(5)]
     first = coordinator(heap)
-    monkeypatch.setattr(process, "ensure_running", lambda path, *_: started.append(path))
+    monkeypatch.setattr(process, "ensure_running", start)
     kill(first)
     for user in (heap, *others):
-        user._held = [user.alloc(300_000) for _ in range(20)]  # type: ignore[attr-defined]
+        user._held = [user.alloc(300_000) for _ in range(2)]  # type: ignore[attr-defined]
         user._bell.settle()
     late = Heap.attach(heap.name)
     assert started == [heap._path]
     for user in (late, *others):
         user.close()
     monkeypatch.undo()
-    assert not heap._may_start()  # it is being started, as far as one can know
+    assert not heap._may_start()  # it is being started
+    kill(int(pids.read_text()))
+    while not heap._may_start():  # it has died before it began: see test_blocks.c for how soon
+        os.sched_yield()
     process.ensure_running(heap._path, heap.config)
     assert coordinator(heap) != first
     assert heap._may_start()  # should that one die, too
