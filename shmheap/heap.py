@@ -73,7 +73,7 @@ CELLS_BYTES = 8192
 
 STARTING_S = 1.0
 """How long this process waits for a start of its own to be over: of an interpreter, not of what it
-does then. Not for ever: it may have been forked in the middle of one."""
+does then. Not for ever: it may lie on a disk that does not answer."""
 
 _open_heaps: weakref.WeakValueDictionary[int, Heap] = weakref.WeakValueDictionary()
 """Every open heap of this process, by its id()."""
@@ -705,6 +705,13 @@ def _close_all() -> None:
     _found_heaps.clear()
 
 
+def _forget_starts() -> None:
+    """In a forked child: the threads that start coordinators are its parent's."""
+    for heap in _open_heaps.values():
+        heap._bell._starting = None
+
+
 block.find_heaps_with(_find)
 atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_starts)  # before it needs a start of its own
 os.register_at_fork(after_in_parent=_core.after_fork, after_in_child=_core.after_fork)

@@ -253,6 +253,27 @@ def test_of_all_who_find_none_one_starts_one(
     assert heap._may_start()  # should that one die, too
 
 
+def test_a_child_waited_for_a_start_that_a_thread_of_its_parent_was_about(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_running = process.ensure_running
+    may_run = threading.Event()
+
+    def start(path: str, config: Config, arena_fd: int) -> None:
+        assert may_run.wait(PATIENCE_S)
+        ensure_running(path, config, arena_fd)
+
+    kill(coordinator(heap))
+    monkeypatch.setattr(process, "ensure_running", start)
+    heap._want(0)
+    child = os.fork()
+    if child == 0:
+        os._exit(heap._bell._starting is not None)
+    assert os.waitpid(child, 0)[1] == 0
+    may_run.set()
+    coordinator(heap)
+
+
 def test_a_heap_that_lost_its_name_before_its_coordinator_came_had_none(
     new_heap_name: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
