@@ -5,8 +5,8 @@ fifth of a second for a gigabyte (of 4 KiB pages). Taken in one piece, all the i
 a heap would be out of the workers' reach for so long, just when they may want it.
 
 The goal: everything that is old enough goes back, at the speed of the system call, and at no moment
-is more than one batch out of reach. And it ends: pages that the workers free behind its back, as
-fast as it gives back, are the next walk's.
+is more than a piece of it out of reach (4 MiB: `PIECE_BYTES` in csrc/coord.c). And it ends: pages
+that the workers free behind its back, as fast as it gives back, are the next walk's.
 
 Which pages are old enough is decided in `pacing`; which of them are still idle is found out, run by
 run, by the core.
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from shmheap.stats import ScavengeTrigger
 
 BATCH_BYTES: Final = 64 << 20
-"""About 13 ms of the system call; what each batch costs besides, one handshake with every process
-(microseconds), is lost in that."""
+"""About 13 ms of the system call. What each piece of it costs besides, one handshake with every
+process (microseconds), is lost in that."""
 
 
 def scavenge(

@@ -636,53 +636,25 @@ void sh_let_small(struct sh_ctx *c, uint32_t page, uint64_t span)
     sh_let_owner(c, span);
 }
 
-/* Free runs that the coordinator has out of the page heap for a moment */
+/* Stamps a free run where it is, some of it at a time: it shall not look as if there were no room,
+ * least of all when we die meanwhile. */
+#define STAMP_PAGES 1024u
 
-struct batch {
-    uint32_t page[BATCH];
-    uint64_t span[BATCH];
-    uint32_t n;
-};
-
-/* Takes those that still are what they were; batch->n of them are left. */
-static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
+static enum sh_status stamp_free(struct sh_ctx *c, uint32_t page, uint64_t span, uint32_t stamp,
+                                 uint64_t *units)
 {
-    uint32_t taken = 0;
-    uint32_t wanted = b->n;
-    enum sh_status status = sh_heap_lock(c, c->patience_ms);
-    b->n = 0;
-    if (status != SH_OK)
-        return status;
-    for (uint32_t i = 0; i < wanted; i++) {
-        if (!sh_pages_take_at(c, b->page[i], b->span[i]))
-            continue;
-        sh_commit(&c->hdr->heap);
-        sh_add(&c->hdr->borrowed_pages, SH_SPAN_NPAGES(b->span[i]));
-        b->page[taken] = b->page[i];
-        b->span[taken++] = b->span[i];
+    bool same = true;
+    for (uint32_t done = 0, n = SH_SPAN_NPAGES(span); same && done < n; done += STAMP_PAGES) {
+        enum sh_status status = sh_heap_lock(c, c->patience_ms);
+        if (status != SH_OK)
+            return status;
+        same = sh_span(c, page) == span;
+        if (same)
+            *units +=
+                stamp_units(c, page + done, n - done < STAMP_PAGES ? n - done : STAMP_PAGES, stamp);
+        sh_heap_unlock(c);
     }
-    b->n = taken;
-    sh_heap_unlock(c);
     return SH_OK;
-}
-
-static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
-{
-    enum sh_status status = sh_give(c, b->page, b->n);
-    b->n = 0;
-    atomic_store(&c->hdr->borrowed_pages, 0);
-    return status;
-}
-
-static enum sh_status stamp_batch(struct sh_ctx *c, struct batch *b, uint32_t stamp,
-                                  uint64_t *units)
-{
-    enum sh_status status = take_batch(c, b);
-    if (status != SH_OK)
-        return status;
-    for (uint32_t i = 0; i < b->n; i++)
-        *units += stamp_units(c, b->page[i], SH_SPAN_NPAGES(b->span[i]), stamp);
-    return give_batch(c, b);
 }
 
 static bool any_unit(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le,
@@ -723,7 +695,6 @@ static void recount_units(struct sh_ctx *c)
 enum sh_status sh_stamp(struct sh_ctx *c, uint32_t stamp, uint64_t *units)
 {
     struct sh_walk walk = {0};
-    struct batch b = {.n = 0};
     uint32_t page;
     uint64_t span;
     enum sh_status status;
@@ -732,22 +703,63 @@ enum sh_status sh_stamp(struct sh_ctx *c, uint32_t stamp, uint64_t *units)
         if (!any_unit(c, page, SH_SPAN_NPAGES(span), 0, true))
             continue;
         if (SH_SPAN_STATE(span) == SH_FREE) {
-            b.page[b.n] = page;
-            b.span[b.n++] = span;
+            if ((status = stamp_free(c, page, span, stamp, units)) != SH_OK)
+                return status;
         } else if (SH_SPAN_STATE(span) == SH_SMALL && sh_hold_small(c, page, &span)) {
             *units += stamp_small(c, page, span, stamp);
             sh_let_small(c, page, span);
         }
-        if (b.n == BATCH && (status = stamp_batch(c, &b, stamp, units)) != SH_OK)
-            return status;
     }
-    if (status == SH_ABSENT)
-        status = stamp_batch(c, &b, stamp, units);
     recount_units(c);
-    return status;
+    return status == SH_ABSENT ? SH_OK : status;
 }
 
 /* Releasing */
+
+/* Pieces of free runs that the coordinator has out of the page heap for a moment */
+
+struct piece {
+    uint32_t head, page, npages;
+    uint64_t span; /* of the run that it is of */
+};
+
+struct batch {
+    struct piece piece[BATCH];
+    uint32_t n;
+};
+
+/* Takes those whose runs still are what they were; batch->n of them are left. */
+static enum sh_status take_batch(struct sh_ctx *c, struct batch *b)
+{
+    uint32_t taken = 0;
+    uint32_t wanted = b->n;
+    enum sh_status status = sh_heap_lock(c, c->patience_ms);
+    b->n = 0;
+    if (status != SH_OK)
+        return status;
+    for (uint32_t i = 0; i < wanted; i++) {
+        const struct piece p = b->piece[i];
+        if (!sh_pages_take_at(c, p.head, p.span, p.page, p.npages))
+            continue;
+        sh_commit(&c->hdr->heap);
+        sh_add(&c->hdr->borrowed_pages, p.npages);
+        b->piece[taken++] = p;
+    }
+    b->n = taken;
+    sh_heap_unlock(c);
+    return SH_OK;
+}
+
+static enum sh_status give_batch(struct sh_ctx *c, struct batch *b)
+{
+    uint32_t pages[BATCH], n = b->n;
+    for (uint32_t i = 0; i < n; i++)
+        pages[i] = b->piece[i].page;
+    b->n = 0;
+    enum sh_status status = sh_give(c, pages, n);
+    atomic_store(&c->hdr->borrowed_pages, 0);
+    return status;
+}
 
 static bool claim_free_units(struct sh_ctx *c, uint32_t page, uint32_t npages, uint32_t stamp_le,
                              struct punches *p)
@@ -839,7 +851,7 @@ static enum sh_status release_claimed(struct sh_ctx *c, struct batch *b, struct 
             *bytes += p->units << c->geo.unit_shift;
             *runs += p->n;
             for (uint32_t i = 0; i < b->n; i++)
-                release_words(c, b->page[i], SH_SPAN_NPAGES(b->span[i]));
+                release_words(c, b->piece[i].page, b->piece[i].npages);
         } else {
             unclaim(c, p);
         }
@@ -858,12 +870,68 @@ static enum sh_status claim_batch(struct sh_ctx *c, struct batch *b, uint32_t st
 {
     enum sh_status status = take_batch(c, b);
     for (uint32_t i = 0; status == SH_OK && i < b->n; i++)
-        if (!claim_free_units(c, b->page[i], SH_SPAN_NPAGES(b->span[i]), stamp_le, p))
+        if (!claim_free_units(c, b->piece[i].page, b->piece[i].npages, stamp_le, p))
             status = SH_NOMEM;
     return status;
 }
 
 #define RUNS_AT_ONCE 4096u
+/* Out of reach of those who allocate at one moment, and punched between two handshakes: 0.8 ms. */
+#define PIECE_BYTES  (4ull << 20)
+
+struct release {
+    uint32_t stamp_le;
+    uint64_t max_bytes, piece_bytes, waiting; /* bytes of the pieces in the batch */
+    uint64_t *bytes, *runs;
+    struct batch b;
+    struct punches p;
+};
+
+static enum sh_status release_batch(struct sh_ctx *c, struct release *r)
+{
+    enum sh_status status = claim_batch(c, &r->b, r->stamp_le, &r->p);
+    r->waiting = 0;
+    return status == SH_OK ? release_claimed(c, &r->b, &r->p, r->bytes, r->runs) : status;
+}
+
+/* SH_OK, also if the batch was full and is released. */
+static enum sh_status release_if_full(struct sh_ctx *c, struct release *r)
+{
+    if (r->b.n < BATCH && r->p.n < RUNS_AT_ONCE &&
+        r->waiting + (r->p.units << c->geo.unit_shift) < r->piece_bytes)
+        return SH_OK;
+    return release_batch(c, r);
+}
+
+/* A run that is longer than a piece goes piece by piece, each from the run that is whole again. */
+static enum sh_status release_free(struct sh_ctx *c, struct release *r, uint32_t head,
+                                   uint64_t span)
+{
+    uint32_t end = head + SH_SPAN_NPAGES(span),
+             most = (uint32_t)(r->piece_bytes >> c->geo.page_shift);
+    most = most ? most : 1;
+    enum sh_status status = SH_OK;
+    for (uint32_t at = head, n; status == SH_OK && at < end && *r->bytes < r->max_bytes; at += n) {
+        n = end - at < most ? end - at : most;
+        if (!any_unit(c, at, n, r->stamp_le, false))
+            continue;
+        r->b.piece[r->b.n++] = (struct piece){head, at, n, span};
+        r->waiting += (uint64_t)n << c->geo.page_shift;
+        status = n < end - head ? release_batch(c, r) : release_if_full(c, r);
+    }
+    return status;
+}
+
+static enum sh_status release_span(struct sh_ctx *c, struct release *r, uint32_t page,
+                                   uint64_t span)
+{
+    if (SH_SPAN_STATE(span) == SH_FREE)
+        return release_free(c, r, page, span);
+    if (SH_SPAN_STATE(span) != SH_SMALL ||
+        !any_unit(c, page, SH_SPAN_NPAGES(span), r->stamp_le, false))
+        return SH_OK;
+    return claim_small_units(c, page, span, r->stamp_le, &r->p) ? release_if_full(c, r) : SH_NOMEM;
+}
 
 /* Gives back units that are idle since a stamp in 1..stamp_le (SH_STAMP_MAX: every idle one), about
  * max_bytes a call. *from: the page at which to begin; then that at which the next call goes on, 0
@@ -872,44 +940,24 @@ enum sh_status sh_release(struct sh_ctx *c, uint32_t stamp_le, uint64_t max_byte
                           uint64_t *bytes, uint64_t *runs)
 {
     struct sh_walk walk = {.next = *from};
-    struct batch b = {.n = 0};
-    struct punches p = {0};
+    struct release r = {.stamp_le = stamp_le, .max_bytes = max_bytes, .bytes = bytes, .runs = runs};
+    r.piece_bytes = max_bytes < PIECE_BYTES ? max_bytes : PIECE_BYTES;
     uint32_t page = 0;
-    uint64_t span, waiting = 0; /* bytes of the runs in the batch */
+    uint64_t span;
     enum sh_status status;
     *bytes = *runs = 0;
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
-        if (!any_unit(c, page, SH_SPAN_NPAGES(span), stamp_le, false))
-            continue;
-        if (SH_SPAN_STATE(span) == SH_FREE) {
-            b.page[b.n] = page;
-            b.span[b.n++] = span;
-            waiting += (uint64_t)SH_SPAN_NPAGES(span) << c->geo.page_shift;
-        } else if (SH_SPAN_STATE(span) == SH_SMALL &&
-                   !claim_small_units(c, page, span, stamp_le, &p)) {
-            status = SH_NOMEM;
-            break;
-        }
-        if (b.n < BATCH && p.n < RUNS_AT_ONCE &&
-            waiting + (p.units << c->geo.unit_shift) < max_bytes)
-            continue;
-        status = claim_batch(c, &b, stamp_le, &p);
-        if (status == SH_OK)
-            status = release_claimed(c, &b, &p, bytes, runs);
-        waiting = 0;
+        status = release_span(c, &r, page, span);
         if (status != SH_OK || *bytes >= max_bytes)
             break;
     }
     *from = status == SH_OK ? page + 1 : 0;
-    if (status == SH_ABSENT) {
-        status = claim_batch(c, &b, stamp_le, &p);
-        if (status == SH_OK)
-            status = release_claimed(c, &b, &p, bytes, runs);
+    if (status == SH_ABSENT)
+        status = release_batch(c, &r);
+    if (r.p.n != 0) { /* an error came between claiming and releasing */
+        unclaim(c, &r.p);
+        give_batch(c, &r.b);
     }
-    if (p.n != 0) { /* an error came between claiming and releasing */
-        unclaim(c, &p);
-        give_batch(c, &b);
-    }
-    free(p.run);
+    free(r.p.run);
     return status;
 }

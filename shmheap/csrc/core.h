@@ -227,7 +227,8 @@ bool sh_marks_fit(const struct sh_ctx *); /* the high-water marks are within the
 /* A record as it can be, of a span that ends below the high-water mark. */
 bool sh_span_fits(const struct sh_ctx *, uint32_t page, uint64_t span, uint64_t used);
 enum sh_status sh_pages_take(struct sh_ctx *, uint32_t npages, int wait_ms, uint32_t *page);
-bool sh_pages_take_at(struct sh_ctx *, uint32_t page, uint64_t span); /* heap locked */
+/* Heap locked. */
+bool sh_pages_take_at(struct sh_ctx *, uint32_t head, uint64_t span, uint32_t page, uint32_t n);
 enum sh_status sh_pages_give(struct sh_ctx *, const uint32_t *pages, uint32_t n, int wait_ms);
 void sh_tell_waiters(struct sh_ctx *);
 enum sh_status sh_pages_commit(struct sh_ctx *, uint32_t page, uint32_t npages);

@@ -131,7 +131,7 @@ enum sh_page_state {
     SH_NONE,      /* inside a span, or never used */
     SH_FREE,      /* in a free list */
     SH_RESERVED,  /* the owner's: being committed, cut, or on its way to be freed */
-    SH_RELEASING, /* the coordinator's: being stamped or punched */
+    SH_RELEASING, /* the coordinator's: being punched */
     SH_SMALL,     /* blocks of one class; allocated from by the owner; no owner: an orphan */
     SH_LARGE,     /* one block */
     SH_PINS,      /* the owner's pin cells, 8 bytes each */
@@ -161,7 +161,8 @@ static_assert(sizeof(struct sh_page) == 32, "records are packed");
 #define SH_PAGE_REMOTE  (1ull << 63)
 
 /* A unit: an OS page of the data area. state:2 dirty:1 stamp:29. Written only by whoever holds its
- * span RESERVED or RELEASING; inside a SMALL span by the owner or the coordinator, each under the
+ * span RESERVED or RELEASING; the stamp, of a FREE span, by the coordinator under the heap lock;
+ * inside a SMALL span by the owner or the coordinator, each under the
  * owner's process lock, or, from RESERVED to COMMITTED and from RELEASING to RELEASED, by whom the
  * first half of that step made its keeper. All zero: never touched. */
 enum sh_unit_state {
@@ -341,8 +342,8 @@ struct sh_header {
      * the kernel holds of the data area. A death may leave it too high until the next collection.
      * W: whoever moves a unit to or from RELEASED, under its process lock, or the coordinator. */
     _Alignas(SH_LINE) _Atomic uint64_t committed;
-    /* Pages of idle runs that the coordinator has out of the page heap at this moment, to stamp or
-     * release them; W: coordinator. inuse_pages counts them, heap_inuse does not. */
+    /* Pages of idle runs that the coordinator has out of the page heap at this moment, to release
+     * them; W: coordinator. inuse_pages counts them, heap_inuse does not. */
     _Atomic uint64_t borrowed_pages;
 
     /* L: heap, logged. 64 bits each, for the log. */

@@ -281,17 +281,20 @@ static uint64_t released_in_front(struct sh_ctx *c, uint32_t page, uint32_t n, u
     return total - sh_units_released(c, unit + n * per, (whole - n) * per);
 }
 
-/* Takes the first n pages of a free run; the rest stays free. */
-static bool carve(struct sh_ctx *c, uint32_t page, uint32_t n, uint64_t span)
+/* Takes n pages of a free run; what is before and behind them stays free. */
+static bool carve(struct sh_ctx *c, uint32_t head, uint32_t page, uint32_t n, uint64_t span)
 {
-    uint32_t whole;
-    if (!is_used(c, page) || !is_free(c, page, &whole) || whole < n)
-        return torn(c, page);
-    uint64_t released = released_of(c, page);
-    uint64_t front = released_in_front(c, page, n, whole);
-    if (!bin_remove(c, page, whole))
+    uint32_t whole, before = page - head;
+    if (!is_used(c, head) || !is_free(c, head, &whole) || whole < before + n)
+        return torn(c, head);
+    uint64_t released = released_of(c, head);
+    uint64_t front = released_in_front(c, head, before, whole);
+    uint64_t until = released_in_front(c, head, before + n, whole);
+    if (!bin_remove(c, head, whole))
         return false;
-    if (whole > n && !put_free(c, page + n, whole - n, released - front))
+    if (before != 0 && !put_free(c, head, before, front))
+        return false;
+    if (whole > before + n && !put_free(c, page + n, whole - before - n, released - until))
         return false;
     set_head(c, page, page, 0);
     set_span(c, page, span);
@@ -405,10 +408,10 @@ static enum sh_status take_locked(struct sh_ctx *c, uint32_t n, uint32_t *page, 
     if (at > SH_MAX_PAGES)
         return sh_corrupt(c, SH_FAULT_LIST, at);
     *page = (uint32_t)at;
-    return carve(c, *page, n, SH_SPAN(SH_RESERVED, 0, c->owner, n)) ? SH_OK : SH_CORRUPT;
+    return carve(c, *page, *page, n, SH_SPAN(SH_RESERVED, 0, c->owner, n)) ? SH_OK : SH_CORRUPT;
 }
 
-/* Idle runs that the coordinator stamps or releases come back at once; for a moment a heap that has
+/* Idle runs that the coordinator releases come back at once; for a moment a heap that has
  * room may look full. */
 #define BORROW_NAP_NS 500000
 #define BORROW_NAPS   2000u /* a second: longer only if the coordinator was stopped */
@@ -445,13 +448,13 @@ enum sh_status sh_pages_take(struct sh_ctx *c, uint32_t n, int wait_ms, uint32_t
     }
 }
 
-/* Takes one particular run if it still is what `span` says, RELEASING. For the coordinator. */
-bool sh_pages_take_at(struct sh_ctx *c, uint32_t page, uint64_t span)
+/* Takes n pages of one particular run if it still is what `span` says, RELEASING. For the
+ * coordinator. */
+bool sh_pages_take_at(struct sh_ctx *c, uint32_t head, uint64_t span, uint32_t page, uint32_t n)
 {
-    if (sh_span(c, page) != span || SH_SPAN_STATE(span) != SH_FREE)
+    if (sh_span(c, head) != span || SH_SPAN_STATE(span) != SH_FREE)
         return false;
-    uint32_t n = SH_SPAN_NPAGES(span);
-    return carve(c, page, n, SH_SPAN(SH_RELEASING, 0, c->owner, n));
+    return carve(c, head, page, n, SH_SPAN(SH_RELEASING, 0, c->owner, n));
 }
 
 void sh_tell_waiters(struct sh_ctx *c)

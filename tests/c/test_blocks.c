@@ -675,6 +675,27 @@ static void test_orphan_that_cannot_be_put_back_yet(void)
     stage_end(s);
 }
 
+/* Nearly all of the heap, and back. */
+static void need_most_of_it(void *c)
+{
+    struct sh_ref r;
+    CHECK_OK(sh_alloc(c, 48 << 20, false, 1000, &r));
+    block_drop(c, &r);
+}
+
+static void test_idle_pages_were_out_of_reach_while_they_were_given_back(void)
+{
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct sh_ref r = block_new(&s->a, 63 << 20);
+    uint64_t bytes, runs;
+    uint32_t page = 0;
+    block_drop(&s->a, &r);
+    at_moment("release:claimed", need_most_of_it, &s->a);
+    CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs));
+    MOMENT_CAME("release:claimed");
+    stage_end(s);
+}
+
 /* Only what nobody can still be looking at is punched: the coordinator takes each process's lock
  * once between claiming and punching, and leaves it if one does not come out of its operation. */
 static void test_handshake_before_punching(void)
@@ -713,7 +734,7 @@ static void test_handshake_of_a_successor(void)
         CHECK_OK(sh_walk_next(&s->lead, &walk, &page, &span));
     while (SH_SPAN_STATE(span) != SH_FREE);
     CHECK_OK(sh_heap_lock(&s->lead, 1000));
-    CHECK(sh_pages_take_at(&s->lead, page, span));
+    CHECK(sh_pages_take_at(&s->lead, page, span, page, SH_SPAN_NPAGES(span)));
     sh_heap_unlock(&s->lead);
     sh_set_units(&s->lead, sh_unit_of_page(&s->lead, r.page), 1, SH_UNIT_RELEASING);
     arena_die(&s->lead);
@@ -1422,6 +1443,8 @@ int main(void)
         {"lease_span_given_back_while_its_last_is_taken",
          test_lease_span_given_back_while_its_last_is_taken},
         {"runs_that_cannot_be_given_back_yet", test_runs_that_cannot_be_given_back_yet},
+        {"idle_pages_were_out_of_reach_while_they_were_given_back",
+         test_idle_pages_were_out_of_reach_while_they_were_given_back},
         {"orphan_that_cannot_be_put_back_yet", test_orphan_that_cannot_be_put_back_yet},
         {"handshake_before_punching", test_handshake_before_punching},
         {"handshake_of_a_successor", test_handshake_of_a_successor},

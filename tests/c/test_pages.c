@@ -97,7 +97,7 @@ static void give(struct oracle *o, uint32_t run)
         (page > 0 && o->owner[page - 1] == 0) || (page + n < o->used && o->owner[page + n] == 0);
 }
 
-/* As the coordinator: one particular run is taken, released and given back. */
+/* As the coordinator: a piece of one particular run is taken, released and given back. */
 static void release(struct oracle *o)
 {
     uint32_t page = rng_below(&o->rng, (uint32_t)o->used + 1);
@@ -105,13 +105,14 @@ static void release(struct oracle *o)
     if (page == o->used || o->owner[page] != 0)
         return;
     CHECK_OK(sh_heap_lock(&o->c, 1000));
-    page = sh_head_of(&o->c, page);
-    CHECK(page != SH_NIL);
-    span = sh_span(&o->c, page);
-    CHECK(sh_pages_take_at(&o->c, page, span));
-    CHECK(!sh_pages_take_at(&o->c, page, span));
+    uint32_t head = sh_head_of(&o->c, page);
+    CHECK(head != SH_NIL);
+    span = sh_span(&o->c, head);
+    uint32_t n = 1 + rng_below(&o->rng, head + SH_SPAN_NPAGES(span) - page);
+    CHECK(sh_pages_take_at(&o->c, head, span, page, n));
+    CHECK(!sh_pages_take_at(&o->c, page, span, page, n));
     sh_heap_unlock(&o->c);
-    set_some_units(o, page, SH_SPAN_NPAGES(span));
+    set_some_units(o, page, n);
     CHECK_OK(sh_pages_give(&o->c, &page, 1, 1000));
 }
 
@@ -351,7 +352,8 @@ static void do_take_at(void *arg)
 {
     struct scene *s = arg;
     CHECK_OK(sh_heap_lock(&s->c, 1000));
-    CHECK(sh_pages_take_at(&s->c, s->page[3], sh_span(&s->c, s->page[3])));
+    CHECK(sh_pages_take_at(&s->c, s->page[3], sh_span(&s->c, s->page[3]), s->page[3],
+                           SH_SPAN_NPAGES(sh_span(&s->c, s->page[3]))));
     sh_heap_unlock(&s->c);
 }
 
