@@ -121,6 +121,8 @@ def main(heap: str, *, foreground: bool, steward: Steward | None = None) -> int:
             outcome = _serve(steward, config, log, linger=foreground)
         except Exception:
             log.exception("%s: the coordinator failed", path)
+            if (file := os.fstat(arena_fd)).st_nlink == 0:  # nobody else removes the doorbell
+                remove(path, file, steward.nonce)
             return 1
         log.info("%s: %s", path, outcome.value)
     if outcome is Outcome.CLOSED or _gone_for_good(steward, arena_fd):

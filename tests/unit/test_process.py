@@ -15,7 +15,7 @@ import posix_ipc
 import pytest
 from fake_steward import FakeSteward
 
-from shmheap import arena
+from shmheap import HeapCorrupt, _core, arena
 from shmheap.config import Config
 from shmheap.coordinator import SlotKey, process
 from shmheap.coordinator.reaper import Watcher
@@ -63,6 +63,26 @@ def test_it_loads_nothing_that_is_only_nice_to_have() -> None:
     loaded = subprocess.check_output([sys.executable, "-P", "-c", code], text=True).split()
     assert "shmheap.coordinator.loop" in loaded
     assert HEAVY.intersection(loaded) == set()
+
+
+def test_a_corrupt_heaps_doorbell_stayed_if_its_name_was_removed_before_its_coordinator_failed(
+    heap_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = arena.file_path(heap_name)
+    fd = arena.make_file(path, 1 << 20, Config())
+    arena.give_name(fd, path)
+    os.close(fd)
+    bells: list[str] = []
+
+    def serve(steward: _core.Steward, *_: object, linger: bool) -> process.Outcome:
+        bells.append(arena.bell_name(steward.nonce))
+        with process.doorbell(bells[0]):
+            os.unlink(path)
+            raise HeapCorrupt("a list of spans is torn")
+
+    monkeypatch.setattr(process, "_serve", serve)
+    assert process.main(path, foreground=False) == 1
+    assert not exists(bells[0])
 
 
 # Starting one
