@@ -253,13 +253,8 @@ enum sh_status sh_node_new(struct sh_ctx *c, uint32_t kind, uint32_t nrefs, uint
 
 /* Dropping */
 
-/* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost:
- * the process lock and one compare-and-swap; a large block also the heap lock. */
-enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
+void sh_unpin_locked(struct sh_ctx *c, const struct sh_ref *r)
 {
-    enum sh_status status = sh_enter(c, wait_ms);
-    if (status != SH_OK)
-        return status;
     uint32_t phase = sh_phase(c);
     if (sh_phase_of(phase) != SH_IDLE)
         sh_touch(r->word, r->gen, phase);
@@ -271,6 +266,16 @@ enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
     sh_pin_clear(c, r->pin);
 #endif
     sh_pin_free(c, r->pin);
+}
+
+/* Drops a pin, and frees the block if it was the last hold. SH_DEFERRED: done, call sh_flush. Cost:
+ * the process lock and one compare-and-swap; a large block also the heap lock. */
+enum sh_status sh_unpin(struct sh_ctx *c, struct sh_ref *r, int wait_ms)
+{
+    enum sh_status status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    sh_unpin_locked(c, r);
     sh_leave(c);
     return sh_after_free(c);
 }

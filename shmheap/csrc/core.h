@@ -172,6 +172,7 @@ enum {
     SH_RANK_REGISTRY = 1,
     SH_RANK_ROOTS,
     SH_RANK_HEAP,
+    SH_RANK_COLLECTION,
     SH_RANK_PROCESS
 };
 int sh_mutex_init(pthread_mutex_t *);
@@ -185,6 +186,10 @@ void sh_lock_rebuilt(struct sh_lock *);
 enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
 enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
 void sh_process_unlock(struct sh_slot *);
+enum sh_status sh_word_lock(struct sh_ctx *, _Atomic uint64_t *lock, int wait_ms, bool *died);
+void sh_word_unlock(_Atomic uint64_t *lock);
+int sh_word_try(struct sh_ctx *, _Atomic uint64_t *lock);
+bool sh_word_let(struct sh_ctx *, _Atomic uint64_t *lock);
 /* Refused by everybody from now on, and told by what was found here. SH_CORRUPT, for its caller. */
 enum sh_status sh_corrupt(struct sh_ctx *, enum sh_fault, uint64_t where);
 void sh_fork_ranks(void);
@@ -327,10 +332,46 @@ static inline _Atomic uint64_t *sh_pin_cell(const struct sh_ctx *c, uint32_t pin
            (pin & ((1u << shift) - 1));
 }
 enum sh_status sh_enter_with_pin(struct sh_ctx *, int wait_ms);
+void sh_unpin_locked(struct sh_ctx *, const struct sh_ref *); /* locked */
 
 /* node.c. Locked */
 bool sh_hold_cell(struct sh_ctx *, uint64_t cell, struct sh_ref *);
 bool sh_swap_ref(struct sh_ctx *, _Atomic uint64_t *at, uint64_t old, uint64_t new);
+
+/* record.c. Locked */
+enum sh_status sh_record_refill(struct sh_ctx *, const struct sh_key *, const struct sh_value *,
+                                bool node, int wait_ms); /* not locked */
+enum sh_status sh_record_take(struct sh_ctx *, const struct sh_key *, const struct sh_value *,
+                              bool node, struct sh_ref *);
+bool sh_record_is(const struct sh_ref *, const struct sh_key *, uint32_t *form);
+uint64_t sh_record_hash(const struct sh_ref *);
+enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, struct sh_found *);
+
+/* coll.c */
+static inline struct sh_coll *sh_coll_of(const struct sh_use *u)
+{
+    return (struct sh_coll *)u->coll.data;
+}
+static inline struct sh_node *sh_body(const struct sh_use *u)
+{
+    return (struct sh_node *)u->body.data;
+}
+typedef void sh_repair(struct sh_ctx *, struct sh_use *);
+enum sh_status sh_coll_new(struct sh_ctx *, uint32_t kind, struct sh_ref *body, int wait_ms,
+                           struct sh_ref *);
+enum sh_status sh_coll_enter(struct sh_ctx *, struct sh_use *, int wait_ms);
+enum sh_status sh_coll_leave(struct sh_ctx *, enum sh_status);
+bool sh_coll_enter_again(struct sh_ctx *);
+bool sh_coll_again(struct sh_ctx *, int wait_ms, enum sh_status *, uint32_t *tries);
+enum sh_status sh_coll_lock(struct sh_ctx *, struct sh_use *, sh_repair *, int wait_ms);
+void sh_coll_unlock(struct sh_ctx *, struct sh_use *);
+bool sh_coll_measure(struct sh_use *);
+bool sh_coll_current(const struct sh_use *);
+void sh_coll_changed(struct sh_use *);
+void sh_coll_publish(struct sh_ctx *, struct sh_use *, struct sh_ref *body);
+uint64_t sh_freeze(_Atomic uint64_t *place);
+void sh_thaw(struct sh_use *);
+enum sh_status sh_coll_retire(struct sh_ctx *, struct sh_ref *body, int wait_ms);
 
 /* roots.c */
 enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);

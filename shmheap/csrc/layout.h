@@ -218,6 +218,11 @@ enum sh_block_state {
  * belongs to the node's kind (containers). nbytes of the block say how much that is. */
 enum sh_node_kind {
     SH_NODE_PLAIN = 1, /* references alone */
+    SH_NODE_DICT,      /* struct sh_coll; its body is a table */
+    SH_NODE_LIST,      /* struct sh_coll; its body is an array */
+    SH_NODE_TABLE,     /* references to records in the order of insertion, struct sh_table */
+    SH_NODE_ARRAY,     /* items, struct sh_array */
+    SH_NODE_RECORD,    /* what a value names, struct sh_record */
     SH_NODE_KINDS
 };
 
@@ -234,6 +239,45 @@ struct sh_node {
 #define SH_REF_VALUE              (1u << 23)   /* no reference */
 #define SH_REF_FROZEN             (1ull << 63) /* may be read, and not be changed any more */
 #define SH_REF_IS_CELL(ref)       (((ref) & ~SH_REF_FROZEN) != 0 && !((ref) & SH_REF_VALUE))
+
+/* Collections: shared dicts and lists. A collection is one node, which is what its holders hold;
+ * what is in it is its body, a node of its own, which is replaced as a whole when it is too small.
+ */
+
+struct sh_coll {
+    _Atomic uint64_t head, next; /* as of struct sh_node; one reference */
+    _Atomic uint64_t body;       /* W: holder of lock */
+    _Atomic uint64_t lock;       /* who is changing it, as in a process lock; 0 = nobody; W: they */
+    _Atomic uint64_t held;       /* who has it by lock() in Python, likewise; guards nothing here */
+    _Atomic uint64_t stamp;      /* how often size or order changed; W: holder of lock */
+};
+
+/* Behind a table's references: a hash table of their places, open addressing, twice as long. A
+ * place is used once; deleted ones are 0 until the table is replaced. A value is replaced by one
+ * compare-and-swap of its place, without the lock, unless the place is frozen: then the table is
+ * about to be. All else L: lock of the collection. */
+struct sh_table {
+    _Atomic uint64_t used;    /* places */
+    _Atomic uint64_t live;    /* places that are not 0 */
+    _Atomic uint64_t last;    /* no place at or behind this one is in use: a hint */
+    _Atomic uint64_t index[]; /* hash's upper half:32 place + 1:32, 0 = free */
+};
+
+/* Behind an array's references. W: holder of the collection's lock */
+struct sh_array {
+    _Atomic uint64_t len; /* items */
+};
+
+/* A value, with the key it stands under, if it is a dict's. Never changes. Without references it is
+ * a leaf, else it lies behind those of a node. */
+struct sh_record {
+    _Atomic uint64_t hash;  /* of the key */
+    _Atomic uint64_t sizes; /* bytes of the key:32, of the value:32; they are behind this */
+    _Atomic uint64_t kinds; /* key's:8 form of the key:8 value's:8; what they mean: py/value.c */
+    uint8_t bytes[];
+};
+#define SH_RECORD_KINDS(key, form, kind) \
+    ((uint64_t)(key) | (uint64_t)(form) << 8 | (uint64_t)(kind) << 16)
 
 struct sh_lease {
     _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */

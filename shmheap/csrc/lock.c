@@ -144,7 +144,9 @@ static bool take_word(_Atomic uint64_t *lock, uint64_t from, uint64_t me)
     return atomic_compare_exchange_strong_explicit(lock, &from, me, ACQ, RLX);
 }
 
-static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me, int wait_ms)
+/* *died: it was a dead process's. */
+static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me, int wait_ms,
+                          bool *died)
 {
     uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
     for (;;) {
@@ -154,8 +156,10 @@ static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me,
             sh_os_pause();
         }
         uint64_t holder = atomic_load_explicit(lock, ACQ);
-        if (holder != 0 && holder != me && holder_is_dead(c, holder) && take_word(lock, holder, me))
+        *died = holder != 0 && holder != me && holder_is_dead(c, holder);
+        if (*died && take_word(lock, holder, me))
             return true;
+        *died = false;
         if (sh_os_now_ns() >= until)
             return false;
         sh_os_nap(NAP_NS);
@@ -174,11 +178,48 @@ static enum sh_status in_vain(struct sh_ctx *c, int wait_ms)
 enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
 {
     uint64_t me = c->owner | 1;
+    bool died;
     if (LOCKS && !take_word(&s->lock, 0, me) &&
-        (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms)))
+        (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms, &died)))
         return in_vain(c, wait_ms);
     rank_taken(SH_RANK_PROCESS);
     return SH_OK;
+}
+
+/* The same kind of lock for a collection, outside the process lock. *died: who had it died, and may
+ * have left half of what it did. */
+enum sh_status sh_word_lock(struct sh_ctx *c, _Atomic uint64_t *lock, int wait_ms, bool *died)
+{
+    uint64_t me = c->owner | 1;
+    *died = false;
+    if (!take_word(lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, lock, me, wait_ms, died)))
+        return in_vain(c, wait_ms);
+    rank_taken(SH_RANK_COLLECTION);
+    return SH_OK;
+}
+
+void sh_word_unlock(_Atomic uint64_t *lock)
+{
+    rank_left(SH_RANK_COLLECTION);
+    atomic_store_explicit(lock, 0, REL);
+}
+
+/* Takes such a lock if it is nobody's, or a dead process's: 0 not now, 1 ours, 2 ours and the other
+ * died. It may be kept over anything: it has no rank. */
+int sh_word_try(struct sh_ctx *c, _Atomic uint64_t *lock)
+{
+    uint64_t me = c->owner | 1, holder = atomic_load_explicit(lock, ACQ);
+    if (holder == 0)
+        return take_word(lock, 0, me);
+    bool died = holder != me && holder_is_dead(c, holder);
+    return died && take_word(lock, holder, me) ? 2 : 0;
+}
+
+/* False: it is not ours. */
+bool sh_word_let(struct sh_ctx *c, _Atomic uint64_t *lock)
+{
+    uint64_t me = c->owner | 1;
+    return atomic_compare_exchange_strong_explicit(lock, &me, 0, REL, RLX);
 }
 
 void sh_process_unlock(struct sh_slot *s)

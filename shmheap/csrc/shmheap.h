@@ -164,6 +164,90 @@ void sh_waiting(struct sh_ctx *, bool begins);
 enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
 uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);
 
+/* record.c: values, and the keys they stand under. What their kinds mean is the caller's. */
+struct sh_value {
+    uint32_t kind, nbytes, nrefs;
+    const void *bytes;
+    const struct sh_ref *refs; /* blocks that the value names, held by the caller */
+};
+struct sh_key {
+    uint64_t hash;
+    uint32_t kind, form, nbytes; /* two keys are one if kind and bytes are the same */
+    const void *bytes;
+};
+#define SH_VALUE_MAX 16384u /* bytes */
+#define SH_KEY_MAX   8192u
+#define SH_REFS_MAX  255u
+#define SH_COPY_MAX  64u
+
+/* What was found: copied, if it is small and names nothing; else its record is pinned, and the
+ * caller's to unpin. */
+struct sh_found {
+    const uint8_t *key, *value;
+    uint32_t key_kind, key_form, key_bytes, kind, nbytes, nrefs;
+    bool pinned;
+    struct sh_ref record;
+    uint8_t small[2 * SH_COPY_MAX];
+};
+
+uint64_t sh_hash(const void *bytes, uint64_t n, uint64_t seed);
+enum sh_status sh_record_new(struct sh_ctx *, const struct sh_value *, int wait_ms,
+                             struct sh_ref *);
+enum sh_status sh_record_get(struct sh_ctx *, const struct sh_ref *, int wait_ms,
+                             struct sh_found *);
+enum sh_status sh_record_ref(struct sh_ctx *, const struct sh_found *, uint32_t i, int wait_ms,
+                             struct sh_ref *);
+
+/* coll.c, table.c, list.c: collections. A use is one handle's: the collection and its body as last
+ * seen, both pinned; changed under the process lock. SH_DEFERRED: done, call sh_flush. */
+struct sh_use {
+    struct sh_ref coll, body;
+    uint64_t cell;       /* what names the body in the collection; 0: none seen yet */
+    uint64_t room;       /* places of the body */
+    void *tail;          /* struct sh_table or sh_array */
+    uint64_t mask;       /* of a table's index */
+    struct sh_ref fresh; /* a larger body that is being filled */
+};
+enum sh_status sh_dict_new(struct sh_ctx *, int wait_ms, struct sh_ref *);
+enum sh_status sh_list_new(struct sh_ctx *, int wait_ms, struct sh_ref *);
+enum sh_status sh_use_end(struct sh_ctx *, struct sh_use *, int wait_ms); /* the body only */
+int sh_coll_try(struct sh_ctx *, struct sh_use *);
+bool sh_coll_let(struct sh_ctx *, struct sh_use *);
+enum sh_status sh_coll_size(struct sh_ctx *, struct sh_use *, int wait_ms, uint64_t *n,
+                            uint64_t *stamp);
+enum sh_status sh_dict_get(struct sh_ctx *, struct sh_use *, const struct sh_key *, int wait_ms,
+                           struct sh_found *);
+enum sh_status sh_dict_set(struct sh_ctx *, struct sh_use *, const struct sh_key *,
+                           const struct sh_value *, bool must_be_new, int wait_ms);
+enum sh_status sh_dict_pop(struct sh_ctx *, struct sh_use *, const struct sh_key *, int wait_ms,
+                           struct sh_found *);
+enum sh_status sh_dict_pop_last(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_found *);
+enum sh_status sh_dict_clear(struct sh_ctx *, struct sh_use *, int wait_ms);
+enum sh_status sh_dict_next(struct sh_ctx *, struct sh_use *, uint64_t *place, uint64_t stamp,
+                            int wait_ms, struct sh_found *);
+
+/* Of a list: what is replaced, and by what. */
+struct sh_splice {
+    uint64_t start, stop, stamp; /* of the list that they are meant for */
+    bool always;                 /* at its end, whatever it is */
+    const struct sh_ref *stage;  /* items to come, or NULL */
+};
+enum sh_status sh_list_get(struct sh_ctx *, struct sh_use *, int64_t i, int wait_ms,
+                           struct sh_found *);
+enum sh_status sh_list_set(struct sh_ctx *, struct sh_use *, int64_t i, const struct sh_value *,
+                           int wait_ms);
+enum sh_status sh_list_append(struct sh_ctx *, struct sh_use *, const struct sh_value *,
+                              int wait_ms);
+enum sh_status sh_list_pop(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_found *);
+enum sh_status sh_list_splice(struct sh_ctx *, struct sh_use *, const struct sh_splice *,
+                              int wait_ms);
+enum sh_status sh_list_copy(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_ref *);
+enum sh_status sh_list_stage_new(struct sh_ctx *, uint64_t room, int wait_ms, struct sh_ref *);
+enum sh_status sh_list_stage(struct sh_ctx *, const struct sh_ref *, const struct sh_value *,
+                             int wait_ms);
+enum sh_status sh_list_staged(struct sh_ctx *, const struct sh_ref *, uint64_t i, int wait_ms,
+                              struct sh_found *);
+
 /* node.c: references between blocks */
 enum sh_status sh_node_load(struct sh_ctx *, const struct sh_ref *node, uint32_t i, int wait_ms,
                             struct sh_ref *);

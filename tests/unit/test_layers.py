@@ -48,7 +48,9 @@ C_FLOORS = (
     ("word",),
     ("drop",),
     ("block", "node", "slots"),
-    ("arena", "roots", "mark", "table", "coord"),
+    ("record",),
+    ("coll",),
+    ("arena", "roots", "mark", "table", "list", "coord"),
     ("check", "holders"),
     ("inspect",),
     ("py/py",),  # the header
@@ -56,6 +58,10 @@ C_FLOORS = (
     ("py/errors",),
     ("py/box",),
     ("py/fork", "py/numbers", "py/block", "py/functions"),
+    ("py/coll",),  # the header
+    ("py/value",),
+    ("py/dict",),
+    ("py/list",),
     ("py/heap",),
     ("py/steward", "py/observer"),
     ("py/module",),

@@ -1,6 +1,6 @@
 /* The type Block: a handle, which holds a block for this process. */
 
-#include "py.h"
+#include "coll.h"
 
 /* Drops the pin. Cannot fail: it waits as long as it takes, without the GIL. Nobody else may have
  * the block in hand by then. */
@@ -51,6 +51,11 @@ static int block_getbuffer(Block *self, Py_buffer *view, int flags)
         view->obj = NULL;
         return -1;
     }
+    if (node_kind(&self->ref) != 0) {
+        PyErr_SetString(PyExc_BufferError, "a collection has no bytes of its own");
+        view->obj = NULL;
+        return -1;
+    }
     if (PyBuffer_FillInfo(view, (PyObject *)self, self->ref.data, (Py_ssize_t)self->ref.nbytes, 0,
                           flags) != 0)
         return -1;
@@ -97,6 +102,8 @@ static PyObject *block_bytes(Block *self, PyObject *unused)
     (void)unused;
     if (!handle_usable(self))
         return NULL;
+    if (node_kind(&self->ref) != 0)
+        return PyErr_Format(PyExc_TypeError, "a collection has no bytes of its own");
     return PyBytes_FromStringAndSize((const char *)self->ref.data, (Py_ssize_t)self->ref.nbytes);
 }
 
@@ -157,6 +164,12 @@ static PyObject *block_get_generation(Block *self, void *unused)
 {
     (void)unused;
     return handle_usable(self) ? PyLong_FromUnsignedLongLong(self->ref.gen) : NULL;
+}
+
+static PyObject *block_get_node_kind(Block *self, void *unused)
+{
+    (void)unused;
+    return handle_usable(self) ? PyLong_FromUnsignedLong(node_kind(&self->ref)) : NULL;
 }
 
 static PyObject *block_get_freed(Block *self, void *unused)
@@ -292,6 +305,7 @@ static PyGetSetDef block_getset[] = {
     {"offset", (getter)block_get_offset, NULL, "Where in the data area it starts, in bytes.", NULL},
     {"generation", (getter)block_get_generation, NULL, "How often this place was used before.",
      NULL},
+    {"_node_kind", (getter)block_get_node_kind, NULL, NULL, NULL},
     {"freed", (getter)block_get_freed, NULL, "Whether free() was called on this handle.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 

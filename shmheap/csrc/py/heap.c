@@ -1,6 +1,6 @@
 /* The type HeapBase, the base of shmheap.Heap: a process's use of an arena. */
 
-#include "py.h"
+#include "coll.h"
 
 #include <string.h>
 
@@ -253,6 +253,148 @@ static PyObject *heap_drop_lease(Heap *self, PyObject *args)
     return PyErr_Occurred() ? NULL : PyBool_FromLong(s == SH_OK);
 }
 
+/* Nodes */
+
+typedef enum sh_status make_node(struct sh_ctx *, int wait_ms, struct sh_ref *);
+
+static PyObject *new_node(Heap *self, make_node *make)
+{
+    struct box *b = self->box;
+    enum sh_status s;
+    if (!box_usable(b))
+        return NULL;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    DO(b, s, make(&b->ctx, wait, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    block_discard(block);
+    return PyErr_Occurred() ? NULL : fail(b, s);
+}
+
+static PyObject *heap_dict_new(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return new_node(self, sh_dict_new);
+}
+
+static PyObject *heap_list_new(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return new_node(self, sh_list_new);
+}
+
+/* _box_new(value) -> Block: a value that stands alone, as in a collection */
+static PyObject *heap_box_new(Heap *self, PyObject *object)
+{
+    struct box *b = self->box;
+    struct value value;
+    enum sh_status s;
+    if (!box_usable(b) || !value_from((PyObject *)self, b, object, &value))
+        return NULL;
+    Block *block = block_new(b);
+    if (block != NULL) {
+        DO(b, s, sh_record_new(&b->ctx, &value.v, wait, &block->ref));
+        if (s != SH_OK) {
+            block_discard(block);
+            block = NULL;
+            if (!PyErr_Occurred())
+                fail(b, s);
+        }
+    }
+    value_end(&value);
+    return (PyObject *)block;
+}
+
+/* _unbox(block) -> the value that _box_new put into it */
+static PyObject *heap_unbox(Heap *self, PyObject *args)
+{
+    struct box *b = self->box;
+    struct sh_found f;
+    struct sh_ref ref;
+    enum sh_status s;
+    Block *block;
+    if (!PyArg_ParseTuple(args, "O!:_unbox", state->block_type, &block) || !box_usable(b) ||
+        !handle_usable(block))
+        return NULL;
+    if (!ref_here(b, block, &ref) || node_kind(&ref) != SH_NODE_RECORD)
+        return PyErr_Format(PyExc_TypeError, "the block holds no value");
+    box_enter(b);
+    DO(b, s, sh_record_get(&b->ctx, &ref, wait, &f));
+    PyObject *value = s == SH_OK ? value_decode((PyObject *)self, b, &f) : NULL;
+    if (s != SH_OK && !PyErr_Occurred())
+        fail(b, s);
+    box_leave(b);
+    return value;
+}
+
+/* _node_new(nrefs) -> Block: references alone, for tests */
+static PyObject *heap_node_new(Heap *self, PyObject *args)
+{
+    struct box *b = self->box;
+    unsigned int nrefs;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "I:_node_new", &nrefs) || !box_usable(b))
+        return NULL;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    DO(b, s, sh_node_new(&b->ctx, SH_NODE_PLAIN, nrefs, 0, wait, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    block_discard(block);
+    return PyErr_Occurred() ? NULL : fail(b, s);
+}
+
+/* _node_load(node, i) -> Block or None; _node_store(node, i, block or None) */
+static PyObject *heap_node_load(Heap *self, PyObject *args)
+{
+    struct box *b = self->box;
+    struct sh_ref ref;
+    unsigned int i;
+    enum sh_status s;
+    Block *node;
+    if (!PyArg_ParseTuple(args, "O!I:_node_load", state->block_type, &node, &i) || !box_usable(b) ||
+        !handle_usable(node))
+        return NULL;
+    if (!ref_here(b, node, &ref) || node_kind(&ref) != SH_NODE_PLAIN || i >= node_refs(&ref))
+        return PyErr_Format(PyExc_IndexError, "the block has no such reference");
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    DO(b, s, sh_node_load(&b->ctx, &ref, i, wait, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    block_discard(block);
+    if (PyErr_Occurred())
+        return NULL;
+    return s == SH_ABSENT ? Py_NewRef(Py_None) : fail(b, s);
+}
+
+static PyObject *heap_node_store(Heap *self, PyObject *args)
+{
+    struct box *b = self->box;
+    struct sh_ref ref, to = {0};
+    unsigned int i;
+    enum sh_status s;
+    Block *node;
+    PyObject *object;
+    if (!PyArg_ParseTuple(args, "O!IO:_node_store", state->block_type, &node, &i, &object) ||
+        !box_usable(b) || !handle_usable(node))
+        return NULL;
+    if (!ref_here(b, node, &ref) || node_kind(&ref) != SH_NODE_PLAIN || i >= node_refs(&ref))
+        return PyErr_Format(PyExc_IndexError, "the block has no such reference");
+    if (object != Py_None &&
+        (Py_TYPE(object) != state->block_type || !handle_usable((Block *)object) ||
+         !ref_here(b, (Block *)object, &to)))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "a Block of this heap");
+    DO(b, s, sh_node_store(&b->ctx, &ref, i, object == Py_None ? NULL : &to, wait));
+    if (s == SH_OK)
+        Py_RETURN_NONE;
+    return PyErr_Occurred() ? NULL : fail(b, s);
+}
+
 /* Roots. Names are UTF-8, checked by the caller. */
 
 static PyObject *heap_root_get(Heap *self, PyObject *args)
@@ -273,16 +415,6 @@ static PyObject *heap_root_get(Heap *self, PyObject *args)
     if (PyErr_Occurred())
         return NULL;
     return s == SH_ABSENT ? Py_NewRef(Py_None) : fail(b, s);
-}
-
-/* The block may be another Heap object's of the same arena: as this one maps it. */
-static bool ref_here(struct box *b, const Block *block, struct sh_ref *ref)
-{
-    ptrdiff_t shift = b->ctx.base - block->box->ctx.base;
-    *ref = block->ref;
-    ref->data += shift;
-    ref->word = (void *)((uint8_t *)ref->word + shift);
-    return block->box->ctx.hdr->nonce == b->ctx.hdr->nonce;
 }
 
 /* _root_set(name, block, must_be_new=False) -> whether it is set */
@@ -614,6 +746,13 @@ static PyMethodDef heap_methods[] = {
     {"_alloc_once", (PyCFunction)heap_alloc_once, METH_VARARGS, NULL},
     {"_adopt", (PyCFunction)heap_adopt, METH_VARARGS, NULL},
     {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
+    {"_dict_new", (PyCFunction)heap_dict_new, METH_NOARGS, NULL},
+    {"_list_new", (PyCFunction)heap_list_new, METH_NOARGS, NULL},
+    {"_box_new", (PyCFunction)heap_box_new, METH_O, NULL},
+    {"_unbox", (PyCFunction)heap_unbox, METH_VARARGS, NULL},
+    {"_node_new", (PyCFunction)heap_node_new, METH_VARARGS, NULL},
+    {"_node_load", (PyCFunction)heap_node_load, METH_VARARGS, NULL},
+    {"_node_store", (PyCFunction)heap_node_store, METH_VARARGS, NULL},
     {"_root_get", (PyCFunction)heap_root_get, METH_VARARGS, NULL},
     {"_root_set", (PyCFunction)heap_root_set, METH_VARARGS, NULL},
     {"_root_clear", (PyCFunction)heap_root_clear, METH_VARARGS, NULL},

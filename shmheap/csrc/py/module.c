@@ -1,6 +1,6 @@
 /* The module: types, constants and functions that shmheap._core has. */
 
-#include "py.h"
+#include "coll.h"
 
 static PyMethodDef module_methods[] = {{"format", core_format, METH_VARARGS, NULL},
                                        {"read_config", core_read_config, METH_VARARGS, NULL},
@@ -31,6 +31,12 @@ static const struct {
     {"MAX_SMALL_BYTES", SH_MAX_SMALL},
     {"MAX_ROOT_NAME_BYTES", SH_ROOT_NAME_MAX},
     {"MAX_PROCESSES", SH_MAX_SLOTS - 1},
+    {"MAX_VALUE_BYTES", SH_VALUE_MAX},
+    {"MAX_KEY_BYTES", SH_KEY_MAX},
+    {"MAX_VALUE_BLOCKS", SH_REFS_MAX},
+    {"NODE_DICT", SH_NODE_DICT},
+    {"NODE_LIST", SH_NODE_LIST},
+    {"NODE_RECORD", SH_NODE_RECORD},
     {"FULL", SH_FULL},
     {"LIMIT", SH_LIMIT},
     {"NOSPACE", SH_NOSPACE},
@@ -70,7 +76,8 @@ static int module_exec(PyObject *m)
     }
     State *st = PyModule_GetState(m);
     if (!load_errors(st) || add_type(m, &block_spec, &st->block_type) != 0 ||
-        add_type(m, &heap_spec, NULL) != 0 || add_type(m, &steward_spec, NULL) != 0 ||
+        add_type(m, &heap_spec, NULL) != 0 || add_type(m, &dict_spec, NULL) != 0 ||
+        add_type(m, &list_spec, NULL) != 0 || add_type(m, &steward_spec, NULL) != 0 ||
         add_type(m, &observer_spec, NULL) != 0 || add_constants(m) != 0)
         return -1;
     state = st;

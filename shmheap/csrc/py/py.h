@@ -48,6 +48,7 @@ typedef struct {
     PyTypeObject *block_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
     PyObject *rebuild, *lease_type, *copy_bytes, *make_room; /* of shmheap.block */
+    PyObject *encode_value, *decode_value;                   /* of shmheap.values */
     PyObject *spare[64];                                     /* memory of dead Block objects */
     int nspare;
 } State;
@@ -151,6 +152,16 @@ static inline void box_leave(struct box *b)
 /* fork.c */
 bool fork_handlers(void);
 PyObject *core_after_fork(PyObject *self, PyObject *unused);
+
+/* The block may be another Heap object's of the same arena: as this one maps it. */
+static inline bool ref_here(const struct box *b, const Block *block, struct sh_ref *ref)
+{
+    ptrdiff_t shift = b->ctx.base - block->box->ctx.base;
+    *ref = block->ref;
+    ref->data += shift;
+    ref->word = (void *)((uint8_t *)ref->word + shift);
+    return block->box->ctx.hdr->nonce == b->ctx.hdr->nonce;
+}
 
 /* numbers.c */
 PyObject *stats_of(const struct sh_ctx *);

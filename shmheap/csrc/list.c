@@ -1,0 +1,429 @@
+/*
+ * Shared lists: an array of items. An item is one word: a small value itself, or a reference to the
+ * record of a larger one.
+ *
+ * Reading an item takes no lock but the own process's. All changes take the collection's lock, so
+ * that a copy made with it is one moment's:
+ *
+ *     append   item -> len             a death in between: the item is not there yet
+ *     pop      len -> item 0           a death in between: the item is not there any more
+ *     splice   another array, with a part of the old one replaced: insert, delete, extend, ...
+ *
+ * An item at or behind len is nobody's: whoever puts another one there drops it.
+ */
+#include "core.h"
+
+#define MIN_ROOM 8u
+#define SLICE    128u
+
+static struct sh_array *tail(const struct sh_use *u)
+{
+    return u->tail;
+}
+
+static _Atomic uint64_t *item_at(const struct sh_use *u, uint64_t i)
+{
+    return &sh_body(u)->ref[i];
+}
+
+static uint64_t len_of(const struct sh_use *u)
+{
+    uint64_t len = atomic_load_explicit(&tail(u)->len, ACQ);
+    return len < u->room ? len : u->room;
+}
+
+static enum sh_status array_new(struct sh_ctx *c, uint64_t room, int wait_ms, struct sh_ref *r)
+{
+    room = room < MIN_ROOM ? MIN_ROOM : room;
+    if (room > UINT32_MAX / 2)
+        return SH_FULL;
+    return sh_node_new(c, SH_NODE_ARRAY, (uint32_t)room, sizeof(struct sh_array), wait_ms, r);
+}
+
+enum sh_status sh_list_new(struct sh_ctx *c, int wait_ms, struct sh_ref *r)
+{
+    struct sh_ref body;
+    enum sh_status status = array_new(c, 0, wait_ms, &body);
+    return status == SH_OK ? sh_coll_new(c, SH_NODE_LIST, &body, 60000, r) : status;
+}
+
+/* Nothing is half done that shows. */
+static void repair(struct sh_ctx *c, struct sh_use *u)
+{
+    (void)c;
+    sh_coll_changed(u);
+}
+
+/* Small values in a word: kind:4 bytes:3 and the bytes, 55 bits of the 62 that a word has which is
+ * no reference. */
+
+#define IN_WORD 6u
+
+static bool fits_word(const struct sh_value *v)
+{
+    return v->kind < 16 && v->nbytes <= IN_WORD && v->nrefs == 0;
+}
+
+static uint64_t word_of(const struct sh_value *v)
+{
+    uint64_t bits = v->kind | (uint64_t)v->nbytes << 4;
+    for (uint32_t i = 0; i < v->nbytes; i++)
+        bits |= (uint64_t)((const uint8_t *)v->bytes)[i] << (7 + 8 * i);
+    return bits >> 23 << 24 | SH_REF_VALUE | (bits & SH_CELL_LOW_MASK);
+}
+
+static void read_word(uint64_t word, struct sh_found *f)
+{
+    uint64_t bits = word >> 24 << 23 | (word & SH_CELL_LOW_MASK);
+    *f = (struct sh_found){.kind = bits & 15u, .nbytes = (uint32_t)(bits >> 4) & 7u};
+    f->nbytes = f->nbytes < IN_WORD ? f->nbytes : IN_WORD;
+    for (uint32_t i = 0; i < f->nbytes; i++)
+        f->small[i] = (uint8_t)(bits >> (7 + 8 * i));
+    f->key = f->value = f->small;
+}
+
+/* An item that nobody holds yet. Locked by the process lock. SH_SLOW: refill for a record. */
+static enum sh_status make_item(struct sh_ctx *c, const struct sh_value *v, uint64_t *item)
+{
+    struct sh_ref r;
+    if (fits_word(v)) {
+        *item = word_of(v);
+        return SH_OK;
+    }
+    enum sh_status status = sh_record_take(c, NULL, v, v->nrefs != 0, &r);
+    if (status == SH_OK)
+        *item = sh_cell_of(c, &r);
+    return status;
+}
+
+/* Puts an item where another one may be. Nobody else writes there. */
+static void put(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t item)
+{
+    sh_swap_ref(c, at, atomic_load_explicit(at, ACQ), item);
+}
+
+/* Reading. Locked by the process lock */
+
+static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i, struct sh_found *f)
+{
+    struct sh_ref r;
+    uint64_t item = atomic_load_explicit(item_at(u, i), ACQ);
+    if (item == 0)
+        return SH_AGAIN; /* taken out meanwhile */
+    if (item & SH_REF_VALUE) {
+        read_word(item, f);
+        return SH_OK;
+    }
+    if (!sh_find_cell(c, item, &r))
+        return SH_AGAIN;
+    enum sh_status status = sh_record_found(c, &r, f);
+    if (status != SH_OK)
+        f->pinned = false;
+    else if (!f->pinned && atomic_load_explicit(item_at(u, i), ACQ) != item)
+        return SH_AGAIN;
+    return status;
+}
+
+/* -1 is the last item, and so on. False: there is none. */
+static bool index_of(int64_t i, uint64_t len, uint64_t *at)
+{
+    *at = i < 0 ? (uint64_t)i + len : (uint64_t)i;
+    return *at < len;
+}
+
+/* Once more, with a free block for the value's record. */
+static bool once_more(struct sh_ctx *c, const struct sh_value *v, int wait_ms,
+                      enum sh_status *status, uint32_t *tries)
+{
+    if (*status != SH_SLOW)
+        return sh_coll_again(c, wait_ms, status, tries);
+    *status = sh_record_refill(c, NULL, v, v->nrefs != 0, wait_ms);
+    return *status == SH_OK;
+}
+
+/* SH_ABSENT: there is no such item. Cost: the process lock. */
+enum sh_status sh_list_get(struct sh_ctx *c, struct sh_use *u, int64_t i, int wait_ms,
+                           struct sh_found *f)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        uint64_t at;
+        status = sh_coll_enter(c, u, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = index_of(i, len_of(u), &at) ? look(c, u, at, f) : SH_ABSENT;
+        status = sh_coll_leave(c, status);
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}
+
+/* Changing one item. Both locks */
+
+static enum sh_status unlock(struct sh_ctx *c, struct sh_use *u, enum sh_status status)
+{
+    sh_leave(c);
+    sh_coll_unlock(c, u);
+    enum sh_status after = sh_after_free(c);
+    return status == SH_OK ? after : status;
+}
+
+static enum sh_status set_at(struct sh_ctx *c, struct sh_use *u, int64_t i,
+                             const struct sh_value *v)
+{
+    uint64_t at, item;
+    if (!index_of(i, len_of(u), &at))
+        return SH_ABSENT;
+    enum sh_status status = make_item(c, v, &item);
+    if (status == SH_OK)
+        put(c, item_at(u, at), item);
+    return status;
+}
+
+enum sh_status sh_list_set(struct sh_ctx *c, struct sh_use *u, int64_t i, const struct sh_value *v,
+                           int wait_ms)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = unlock(c, u, set_at(c, u, i, v));
+    } while (once_more(c, v, wait_ms, &status, &tries));
+    return status;
+}
+
+static enum sh_status add(struct sh_ctx *c, struct sh_use *u, const struct sh_value *v)
+{
+    uint64_t item, len = len_of(u);
+    if (len == u->room)
+        return SH_ABSENT;
+    enum sh_status status = make_item(c, v, &item);
+    if (status != SH_OK)
+        return status;
+    put(c, item_at(u, len), item);
+    SH_CRASH("list:put");
+    atomic_store_explicit(&tail(u)->len, len + 1, REL);
+    sh_coll_changed(u);
+    return SH_OK;
+}
+
+/* SH_BUSY without waiting: it may take long. Cost: the collection's lock, and the process lock; now
+ * and then a larger array. */
+enum sh_status sh_list_append(struct sh_ctx *c, struct sh_use *u, const struct sh_value *v,
+                              int wait_ms)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = unlock(c, u, add(c, u, v));
+        if (status == SH_ABSENT) { /* no room: the same items in a larger array */
+            struct sh_splice s = {.always = true};
+            status = sh_list_splice(c, u, &s, wait_ms);
+            status = status == SH_OK || status == SH_DEFERRED ? SH_AGAIN : status;
+        }
+    } while (once_more(c, v, wait_ms, &status, &tries));
+    return status;
+}
+
+static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, struct sh_found *f)
+{
+    uint64_t len = len_of(u);
+    enum sh_status status = len != 0 ? look(c, u, len - 1, f) : SH_ABSENT;
+    if (status != SH_OK)
+        return status;
+    atomic_store_explicit(&tail(u)->len, len - 1, REL);
+    SH_CRASH("list:shorter");
+    put(c, item_at(u, len - 1), 0);
+    sh_coll_changed(u);
+    return SH_OK;
+}
+
+/* Takes out the last item. SH_ABSENT: there is none. */
+enum sh_status sh_list_pop(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_found *f)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = unlock(c, u, take_last(c, u, f));
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}
+
+/* Many at once */
+
+/* Copies n items; what they name is held once more. The process lock is left between slices. */
+static bool copy_items(struct sh_ctx *c, _Atomic uint64_t *from, _Atomic uint64_t *to, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        struct sh_ref r;
+        uint64_t item = atomic_load_explicit(&from[i], ACQ);
+        if (SH_REF_IS_CELL(item) && !sh_hold_cell(c, item, &r))
+            item = 0;
+        put(c, &to[i], item);
+        if (i % SLICE == SLICE - 1) {
+            sh_leave(c);
+            if (!sh_coll_enter_again(c))
+                return false;
+        }
+    }
+    return true;
+}
+
+/* An array for some items that are to come, pinned: filled by sh_list_stage, one after the other.
+ */
+enum sh_status sh_list_stage_new(struct sh_ctx *c, uint64_t room, int wait_ms, struct sh_ref *r)
+{
+    return array_new(c, room, wait_ms, r);
+}
+
+static struct sh_use use_of(const struct sh_ref *array)
+{
+    struct sh_use u = {.body = *array};
+    sh_coll_measure(&u);
+    return u;
+}
+
+enum sh_status sh_list_stage(struct sh_ctx *c, const struct sh_ref *stage, const struct sh_value *v,
+                             int wait_ms)
+{
+    struct sh_use u = use_of(stage);
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        uint64_t item, len = len_of(&u);
+        status = sh_enter(c, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = len < u.room ? make_item(c, v, &item) : SH_FULL;
+        if (status == SH_OK) {
+            put(c, item_at(&u, len), item);
+            atomic_store_explicit(&tail(&u)->len, len + 1, REL);
+        }
+        sh_leave(c);
+    } while (once_more(c, v, wait_ms, &status, &tries));
+    return status;
+}
+
+/* The i-th item of an array that we have pinned. */
+enum sh_status sh_list_staged(struct sh_ctx *c, const struct sh_ref *stage, uint64_t i, int wait_ms,
+                              struct sh_found *f)
+{
+    struct sh_use u = use_of(stage);
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_enter(c, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = i < len_of(&u) ? look(c, &u, i, f) : SH_ABSENT;
+        sh_leave(c);
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}
+
+/* All items of one moment, in an array of their own, pinned. */
+enum sh_status sh_list_copy(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_ref *r)
+{
+    for (;;) {
+        uint64_t len, stamp;
+        enum sh_status status = sh_coll_size(c, u, wait_ms, &len, &stamp);
+        if (status == SH_OK || status == SH_DEFERRED)
+            status = array_new(c, len, wait_ms, r);
+        if (status != SH_OK)
+            return status;
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status == SH_OK) {
+            struct sh_use to = use_of(r);
+            bool fits = len_of(u) <= to.room;
+            if (fits && copy_items(c, item_at(u, 0), item_at(&to, 0), len_of(u)))
+                atomic_store_explicit(&tail(&to)->len, len_of(u), REL);
+            status = unlock(c, u, SH_OK);
+            if (fits && (status == SH_OK || status == SH_DEFERRED))
+                return SH_OK;
+        }
+        sh_coll_retire(c, r, 1000);
+        if (status != SH_OK && status != SH_DEFERRED)
+            return status;
+    }
+}
+
+/* The new array: what is before the part, what comes in its place, what is behind it. */
+static bool fill(struct sh_ctx *c, struct sh_use *u, const struct sh_splice *s,
+                 const struct sh_use *to)
+{
+    uint64_t len = len_of(u), n = 0;
+    if (!copy_items(c, item_at(u, 0), item_at(to, 0), s->start))
+        return false;
+    if (s->stage != NULL) {
+        struct sh_use from = use_of(s->stage);
+        n = len_of(&from);
+        if (!copy_items(c, item_at(&from, 0), item_at(to, s->start), n))
+            return false;
+    }
+    if (!copy_items(c, item_at(u, s->stop), item_at(to, s->start + n), len - s->stop))
+        return false;
+    atomic_store_explicit(&tail(to)->len, len - (s->stop - s->start) + n, REL);
+    return true;
+}
+
+static uint64_t staged(const struct sh_splice *s)
+{
+    if (s->stage == NULL)
+        return 0;
+    struct sh_use from = use_of(s->stage);
+    return len_of(&from);
+}
+
+/* With both locks. SH_CHANGED: the list is not that of the stamp. SH_AGAIN: it is longer than the
+ * new array by now. */
+static enum sh_status splice(struct sh_ctx *c, struct sh_use *u, const struct sh_splice *s,
+                             struct sh_ref *fresh)
+{
+    struct sh_use to = use_of(fresh);
+    struct sh_splice part = *s;
+    uint64_t len = len_of(u), stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, RLX);
+    if (s->always)
+        part.start = part.stop = len;
+    else if (s->stamp != stamp || s->stop > len || s->start > s->stop)
+        return SH_CHANGED;
+    if (len - (part.stop - part.start) + staged(s) > to.room)
+        return SH_AGAIN;
+    if (s->always && s->stage == NULL && len < u->room)
+        return SH_OK; /* somebody else was faster */
+    if (!fill(c, u, &part, &to))
+        return SH_CORRUPT;
+    sh_coll_publish(c, u, fresh);
+    return SH_OK;
+}
+
+/* Replaces a part of the list by other items, in one step. */
+enum sh_status sh_list_splice(struct sh_ctx *c, struct sh_use *u, const struct sh_splice *s,
+                              int wait_ms)
+{
+    struct sh_ref fresh;
+    enum sh_status status = SH_AGAIN;
+    while (status == SH_AGAIN) {
+        uint64_t len, stamp;
+        if (wait_ms == 0)
+            return SH_BUSY;
+        status = sh_coll_size(c, u, wait_ms, &len, &stamp);
+        if (status == SH_OK || status == SH_DEFERRED)
+            status = array_new(c, (len + staged(s)) * 5 / 4 + MIN_ROOM, wait_ms, &fresh);
+        if (status != SH_OK)
+            return status;
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status == SH_OK)
+            status = unlock(c, u, splice(c, u, s, &fresh));
+        enum sh_status retired = sh_coll_retire(c, &fresh, 1000);
+        status = status == SH_OK ? retired : status;
+    }
+    return status;
+}

@@ -1,0 +1,86 @@
+/* What the files of shared dicts and lists share: values and keys, and a handle on a collection. */
+#ifndef SH_PY_COLL_H
+#define SH_PY_COLL_H
+
+#include "py.h"
+
+/* What the bytes of a record mean. Those from SH_KIND_OTHER on are Python's (shmheap.values). */
+enum {
+    SH_V_NONE,
+    SH_V_FALSE,
+    SH_V_TRUE,
+    SH_V_INT,   /* little-endian, signed, without the bytes that only repeat the sign */
+    SH_V_FLOAT, /* big-endian, without the zeros at its end */
+    SH_V_STR,   /* UTF-8 */
+    SH_V_BYTES,
+    SH_V_COMPLEX, /* of a key: two doubles */
+    SH_V_OTHER = 16
+};
+
+/* The handle: its collection and the body seen last, both pinned. */
+typedef struct {
+    PyObject_HEAD struct box *box; /* NULL: not made */
+    PyObject *weakrefs;
+    struct sh_use use;
+} Coll;
+
+struct value {
+    struct sh_value v;
+    uint8_t bytes[8];
+    struct sh_ref refs[4], *more; /* of what it names */
+    PyObject *owner;              /* keeps bytes and blocks */
+};
+/* container: a collection or a heap, which Python is told */
+bool value_from(PyObject *container, struct box *, PyObject *, struct value *);
+void value_end(struct value *);
+PyObject *value_decode(PyObject *container, struct box *, struct sh_found *); /* ends the find */
+
+struct key {
+    struct sh_key k;
+    uint8_t bytes[16];
+    PyObject *owner;
+};
+bool key_from(PyObject *, struct key *);
+PyObject *key_decode(const struct sh_found *);
+void found_end(struct box *, struct sh_found *);
+
+/* Once with the GIL, where it is the common case that nothing is in the way; then without. */
+#define DO(b, s, op)                                      \
+    do {                                                  \
+        int wait = 0;                                     \
+        s = op;                                           \
+        if (s == SH_BUSY || is_short(s)) {                \
+            wait = SLICE_MS;                              \
+            WAITING_FOR_ROOM(b, s, op);                   \
+        }                                                 \
+        while (s == SH_DEFERRED)                          \
+            WAITING(b, s, sh_flush(&(b)->ctx, SLICE_MS)); \
+        if (__builtin_expect((b)->ctx.ring, 0))           \
+            box_ring_quietly(b);                          \
+    } while (0)
+
+PyObject *coll_new(PyTypeObject *, PyObject *args, PyObject *kwargs, uint32_t kind);
+void coll_dealloc(Coll *);
+bool coll_usable(Coll *);
+
+/* enum sh_node_kind, 0 for a leaf */
+static inline uint32_t node_kind(const struct sh_ref *r)
+{
+    uint64_t w = atomic_load_explicit(r->word, memory_order_acquire);
+    return w & SH_NODE ? SH_NODE_KIND(atomic_load(&((struct sh_node *)r->data)->head)) : 0;
+}
+static inline uint32_t node_refs(const struct sh_ref *r)
+{
+    return SH_NODE_NREFS(atomic_load(&((struct sh_node *)r->data)->head));
+}
+Py_ssize_t coll_len(Coll *);
+PyObject *coll_stamp(Coll *, PyObject *unused);
+PyObject *coll_try_lock(Coll *, PyObject *unused);
+PyObject *coll_unlock(Coll *, PyObject *unused);
+PyObject *coll_get_block(Coll *, void *unused);
+PyObject *coll_get_place(Coll *, void *unused);
+extern PyMemberDef coll_members[];
+
+extern PyType_Spec dict_spec, list_spec;
+
+#endif

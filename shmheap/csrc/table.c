@@ -1,0 +1,479 @@
+/*
+ * Shared dicts: a hash table of records, in the order of insertion.
+ *
+ *     index   hash -> place          open addressing, half empty, never changes an entry
+ *     places  references to records  in the order of insertion; 0: deleted
+ *
+ * Looking up takes no lock but the own process's, and writes nothing. Replacing a value is one
+ * compare-and-swap of its place. New keys, deletions and growth take the collection's lock:
+ *
+ *     insert   record -> place -> index (from here on it is found) -> used
+ *     delete   place -> 0
+ *
+ * A death in the middle of an insertion is put right by who takes the lock next (repair): what is
+ * in the index has happened, what is not has not.
+ *
+ * A table that was replaced is never changed again, and its places become 0 one by one. So what is
+ * not found counts only if the table is still the dict's; what is found was there when it was.
+ */
+#include "core.h"
+
+#define MIN_ROOM 8u
+
+static struct sh_table *tail(const struct sh_use *u)
+{
+    return u->tail;
+}
+
+static _Atomic uint64_t *place_at(const struct sh_use *u, uint64_t i)
+{
+    return &sh_body(u)->ref[i];
+}
+
+static uint64_t index_bytes(uint64_t room)
+{
+    uint64_t n = 1;
+    while (n < 2 * room)
+        n *= 2;
+    return sizeof(struct sh_table) + 8 * n;
+}
+
+static enum sh_status table_new(struct sh_ctx *c, uint64_t room, int wait_ms, struct sh_ref *r)
+{
+    room = room < MIN_ROOM ? MIN_ROOM : room;
+    if (room > UINT32_MAX / 2)
+        return SH_FULL;
+    return sh_node_new(c, SH_NODE_TABLE, (uint32_t)room, index_bytes(room), wait_ms, r);
+}
+
+enum sh_status sh_dict_new(struct sh_ctx *c, int wait_ms, struct sh_ref *r)
+{
+    struct sh_ref body;
+    enum sh_status status = table_new(c, 0, wait_ms, &body);
+    return status == SH_OK ? sh_coll_new(c, SH_NODE_DICT, &body, 60000, r) : status;
+}
+
+/* Looking up. Locked by the process lock */
+
+struct spot {
+    uint64_t place, cell; /* what is there, without SH_REF_FROZEN */
+    bool frozen;
+    uint32_t form;   /* of the key there */
+    struct sh_ref r; /* the record */
+};
+
+static bool unchanged(const struct sh_use *u, const struct spot *s)
+{
+    uint64_t now = atomic_load_explicit(place_at(u, s->place), ACQ);
+    return (now & ~SH_REF_FROZEN) == s->cell;
+}
+
+/* Whether the key is at a place. What is read there counts if the place has not changed since. */
+static bool is_at(struct sh_ctx *c, const struct sh_use *u, uint64_t place,
+                  const struct sh_key *key, struct spot *s)
+{
+    s->place = place;
+    for (;;) {
+        uint64_t ref = atomic_load_explicit(place_at(u, place), ACQ);
+        s->cell = ref & ~SH_REF_FROZEN;
+        s->frozen = ref != s->cell;
+        if (s->cell == 0)
+            return false;
+        bool there = sh_find_cell(c, s->cell, &s->r);
+        bool same = there && sh_record_is(&s->r, key, &s->form);
+        if (unchanged(u, s))
+            return same;
+    }
+}
+
+static bool find(struct sh_ctx *c, const struct sh_use *u, const struct sh_key *key, struct spot *s)
+{
+    uint64_t i = key->hash, probes = 0;
+    for (; probes <= u->mask; i++, probes++) {
+        uint64_t at = atomic_load_explicit(&tail(u)->index[i & u->mask], ACQ);
+        if (at == 0)
+            return false;
+        if (SH_HI(at) == (uint32_t)(key->hash >> 32) && SH_LO(at) <= u->room && SH_LO(at) != 0 &&
+            is_at(c, u, SH_LO(at) - 1, key, s))
+            return true;
+    }
+    return false;
+}
+
+/* SH_ABSENT counts if the table was the dict's. SH_AGAIN: it is another's, or the record went. */
+static enum sh_status look_up(struct sh_ctx *c, const struct sh_use *u, const struct sh_key *key,
+                              struct spot *s)
+{
+    if (find(c, u, key, s))
+        return SH_OK;
+    return sh_coll_current(u) ? SH_ABSENT : SH_AGAIN;
+}
+
+static enum sh_status found(struct sh_ctx *c, const struct sh_use *u, const struct spot *s,
+                            struct sh_found *f)
+{
+    enum sh_status status = sh_record_found(c, &s->r, f);
+    if (status != SH_OK)
+        f->pinned = false;
+    else if (!f->pinned && !unchanged(u, s))
+        return SH_AGAIN;
+    return status;
+}
+
+/* SH_ABSENT: no such key. Cost: the process lock. */
+enum sh_status sh_dict_get(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                           int wait_ms, struct sh_found *f)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        struct spot s;
+        status = sh_coll_enter(c, u, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = look_up(c, u, key, &s);
+        if (status == SH_OK)
+            status = found(c, u, &s, f);
+        status = sh_coll_leave(c, status);
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}
+
+/* Places and index. Both locks held */
+
+static void index_place(const struct sh_use *u, uint64_t hash, uint64_t place)
+{
+    uint64_t i = hash;
+    while (atomic_load_explicit(&tail(u)->index[i & u->mask], RLX) != 0)
+        i++;
+    atomic_store_explicit(&tail(u)->index[i & u->mask], SH_PAIR((uint32_t)(hash >> 32), place + 1),
+                          REL);
+}
+
+static bool is_indexed(const struct sh_use *u, uint64_t hash, uint64_t place)
+{
+    for (uint64_t i = hash, n = 0; n <= u->mask; i++, n++) {
+        uint64_t at = atomic_load_explicit(&tail(u)->index[i & u->mask], ACQ);
+        if (at == 0 || SH_LO(at) == place + 1)
+            return at != 0;
+    }
+    return false;
+}
+
+static uint64_t used_of(const struct sh_use *u)
+{
+    uint64_t used = atomic_load_explicit(&tail(u)->used, ACQ);
+    return used < u->room ? used : u->room;
+}
+
+static void use_place(struct sh_use *u, uint64_t place)
+{
+    atomic_store_explicit(&tail(u)->used, place + 1, REL);
+    atomic_store_explicit(&tail(u)->last, place + 1, RLX);
+}
+
+/* The record is ours alone, with count 1: its reference is the place's. */
+static void insert(struct sh_ctx *c, struct sh_use *u, const struct sh_ref *r, uint64_t hash)
+{
+    uint64_t place = used_of(u);
+    atomic_store_explicit(place_at(u, place), sh_cell_of(c, r), REL);
+    SH_CRASH("dict:placed");
+    index_place(u, hash, place);
+    SH_CRASH("dict:indexed");
+    use_place(u, place);
+    sh_bump(&tail(u)->live, 1);
+    sh_coll_changed(u);
+}
+
+/* Who had the lock died. */
+static void repair(struct sh_ctx *c, struct sh_use *u)
+{
+    struct sh_ref r;
+    uint64_t place = used_of(u), live = 0;
+    sh_thaw(u);
+    uint64_t cell = place < u->room ? atomic_load_explicit(place_at(u, place), ACQ) : 0;
+    if (cell != 0 && sh_find_cell(c, cell, &r) && is_indexed(u, sh_record_hash(&r), place))
+        use_place(u, place);
+    else if (cell != 0)
+        sh_swap_ref(c, place_at(u, place), cell, 0);
+    for (uint64_t i = 0; i < used_of(u); i++)
+        live += atomic_load_explicit(place_at(u, i), ACQ) != 0;
+    atomic_store_explicit(&tail(u)->live, live, REL);
+    atomic_store_explicit(&tail(u)->last, used_of(u), RLX);
+    sh_coll_changed(u);
+}
+
+/* Growing. The collection's lock is held */
+
+#define SLICE 128u
+
+/* Some places of the old table, from *from on, get into the new one, as *to. */
+static void copy_some(struct sh_ctx *c, const struct sh_use *old, const struct sh_use *new,
+                      uint64_t *from, uint64_t *to)
+{
+    uint64_t end = *from + SLICE < used_of(old) ? *from + SLICE : used_of(old);
+    for (; *from < end; ++*from) {
+        struct sh_ref r;
+        uint64_t cell = sh_freeze(place_at(old, *from));
+        SH_CRASH("dict:frozen");
+        if (cell == 0 || !sh_hold_cell(c, cell, &r))
+            continue;
+        atomic_store_explicit(place_at(new, *to), cell, REL);
+        index_place(new, sh_record_hash(&r), (*to)++);
+    }
+}
+
+/* Fills the new table and puts it in the place of the old one, which is *fresh then. Both locks are
+ * held, and again at the end; the process lock is left between slices. */
+static enum sh_status move_into(struct sh_ctx *c, struct sh_use *u, struct sh_ref *fresh,
+                                bool empty)
+{
+    struct sh_use new = *u;
+    uint64_t from = 0, to = 0;
+    new.body = *fresh;
+    sh_coll_measure(&new);
+    while (from < used_of(u)) {
+        if (empty)
+            for (uint64_t end = from + SLICE; from < end && from < used_of(u);)
+                sh_freeze(place_at(u, from++));
+        else
+            copy_some(c, u, &new, &from, &to);
+        sh_leave(c);
+        if (!sh_coll_enter_again(c))
+            return SH_CORRUPT;
+    }
+    atomic_store_explicit(&tail(&new)->used, to, RLX);
+    atomic_store_explicit(&tail(&new)->live, to, RLX);
+    atomic_store_explicit(&tail(&new)->last, to, RLX);
+    sh_coll_publish(c, u, fresh);
+    return SH_OK;
+}
+
+static void unlock(struct sh_ctx *c, struct sh_use *u)
+{
+    sh_leave(c);
+    sh_coll_unlock(c, u);
+}
+
+/* A larger table, or one without the places of what was deleted, or an empty one. SH_BUSY without
+ * waiting: it may take long. */
+static enum sh_status replace_table(struct sh_ctx *c, struct sh_use *u, bool empty, int wait_ms)
+{
+    if (wait_ms == 0)
+        return SH_BUSY;
+    struct sh_ref fresh;
+    uint64_t live, stamp;
+    enum sh_status status = sh_coll_size(c, u, wait_ms, &live, &stamp);
+    if (status == SH_OK || status == SH_DEFERRED)
+        status = table_new(c, empty ? 0 : 2 * live, wait_ms, &fresh);
+    if (status != SH_OK)
+        return status;
+    status = sh_coll_lock(c, u, repair, wait_ms);
+    if (status == SH_OK) {
+        live = atomic_load_explicit(&tail(u)->live, RLX);
+        bool fits = SH_NODE_NREFS(((struct sh_node *)fresh.data)->head) > live;
+        if (empty || (fits && used_of(u) == u->room)) /* else somebody was faster */
+            status = move_into(c, u, &fresh, empty);
+        unlock(c, u);
+    }
+    enum sh_status retired = sh_coll_retire(c, &fresh, 1000);
+    return status == SH_OK ? retired : status;
+}
+
+enum sh_status sh_dict_clear(struct sh_ctx *c, struct sh_use *u, int wait_ms)
+{
+    return replace_table(c, u, true, wait_ms);
+}
+
+/* Setting */
+
+/* The value of a key that is there, without the collection's lock. SH_AGAIN: it is not there as it
+ * was any more. SH_CHANGED: the place is frozen. */
+static enum sh_status replace(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                              const struct sh_value *v, const struct spot *s)
+{
+    struct sh_ref r;
+    struct sh_key kept = *key;
+    kept.form = s->form; /* as in a dict, the key stays that was there first */
+    enum sh_status status = sh_record_take(c, &kept, v, v->nrefs != 0, &r);
+    if (status != SH_OK)
+        return status;
+    if (!s->frozen && sh_swap_ref(c, place_at(u, s->place), s->cell, sh_cell_of(c, &r)))
+        return SH_OK;
+    sh_count_down(c, &r, sh_phase(c)); /* nobody ever held it */
+    return s->frozen ? SH_CHANGED : SH_AGAIN;
+}
+
+static enum sh_status try_replace(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                                  const struct sh_value *v, bool must_be_new, int wait_ms)
+{
+    struct spot s;
+    enum sh_status status = sh_coll_enter(c, u, wait_ms);
+    if (status != SH_OK)
+        return status;
+    status = look_up(c, u, key, &s);
+    if (status == SH_OK)
+        status = must_be_new ? SH_CHANGED : replace(c, u, key, v, &s);
+    else if (status == SH_ABSENT)
+        status = SH_ABSENT;
+    return sh_coll_leave(c, status);
+}
+
+/* With the collection's lock. SH_ABSENT: there is no place left. */
+static enum sh_status set_locked(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                                 const struct sh_value *v, bool must_be_new, int wait_ms)
+{
+    struct spot s;
+    struct sh_ref r;
+    enum sh_status status = sh_coll_lock(c, u, repair, wait_ms);
+    if (status != SH_OK)
+        return status;
+    if (find(c, u, key, &s)) {
+        status = must_be_new ? SH_CHANGED : replace(c, u, key, v, &s);
+    } else if (used_of(u) == u->room) {
+        status = SH_ABSENT;
+    } else {
+        status = sh_record_take(c, key, v, v->nrefs != 0, &r);
+        if (status == SH_OK)
+            insert(c, u, &r, key->hash);
+    }
+    sh_leave(c);
+    sh_coll_unlock(c, u);
+    enum sh_status after = sh_after_free(c);
+    return status == SH_OK ? after : status;
+}
+
+/* The key stands for the value from now on; with must_be_new: unless it stands for one already
+ * (SH_CHANGED). Atomic. Cost: of a key that is there the process lock, an allocation and a
+ * compare-and-swap; of a new one the collection's lock, and now and then a larger table. */
+enum sh_status sh_dict_set(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                           const struct sh_value *v, bool must_be_new, int wait_ms)
+{
+    for (;;) {
+        enum sh_status status = try_replace(c, u, key, v, must_be_new, wait_ms);
+        bool there = status == SH_CHANGED && must_be_new;
+        if (status == SH_ABSENT || (status == SH_CHANGED && !there)) {
+            status = set_locked(c, u, key, v, must_be_new, wait_ms);
+            there = status == SH_CHANGED && must_be_new;
+        }
+        if (status == SH_ABSENT) { /* no place left */
+            status = replace_table(c, u, false, wait_ms);
+            if (status == SH_DEFERRED)
+                status = sh_flush(c, 1000);
+            status = status == SH_OK ? SH_AGAIN : status;
+        } else if (status == SH_SLOW) {
+            status = sh_record_refill(c, key, v, v->nrefs != 0, wait_ms);
+            status = status == SH_OK ? SH_AGAIN : status;
+        }
+        if (there || status != SH_AGAIN)
+            return status;
+    }
+}
+
+/* Deleting. Both locks held */
+
+/* SH_AGAIN: what is there was replaced meanwhile, without the lock. */
+static enum sh_status delete(struct sh_ctx *c, struct sh_use *u, const struct spot *s)
+{
+    if (!sh_swap_ref(c, place_at(u, s->place), s->cell, 0))
+        return SH_AGAIN;
+    SH_CRASH("dict:deleted");
+    sh_bump(&tail(u)->live, (uint64_t)-1);
+    sh_coll_changed(u);
+    return SH_OK;
+}
+
+static enum sh_status pop_spot(struct sh_ctx *c, struct sh_use *u, const struct spot *s,
+                               struct sh_found *f)
+{
+    enum sh_status status = f ? found(c, u, s, f) : SH_OK;
+    if (status == SH_OK)
+        status = delete(c, u, s);
+    if (status == SH_AGAIN && f != NULL && f->pinned)
+        sh_unpin_locked(c, &f->record);
+    return status;
+}
+
+static bool last_spot(struct sh_ctx *c, struct sh_use *u, struct spot *s)
+{
+    uint64_t last = atomic_load_explicit(&tail(u)->last, RLX);
+    for (s->place = last < used_of(u) ? last : used_of(u); s->place-- > 0;) {
+        s->cell = atomic_load_explicit(place_at(u, s->place), ACQ) & ~SH_REF_FROZEN;
+        if (s->cell == 0 || !sh_find_cell(c, s->cell, &s->r))
+            continue;
+        atomic_store_explicit(&tail(u)->last, s->place + 1, RLX);
+        return true;
+    }
+    atomic_store_explicit(&tail(u)->last, 0, RLX);
+    return false;
+}
+
+static enum sh_status pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key, int wait_ms,
+                          struct sh_found *f)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        struct spot s;
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status != SH_OK)
+            return status;
+        bool there = key != NULL ? find(c, u, key, &s) : last_spot(c, u, &s);
+        status = there ? pop_spot(c, u, &s, f) : SH_ABSENT;
+        unlock(c, u);
+        enum sh_status after = sh_after_free(c);
+        status = status == SH_OK ? after : status;
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}
+
+/* Deletes a key, and says what it stood for (f may be NULL). SH_ABSENT: there is none. */
+enum sh_status sh_dict_pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                           int wait_ms, struct sh_found *f)
+{
+    return pop(c, u, key, wait_ms, f);
+}
+
+/* The same of the key that came last. */
+enum sh_status sh_dict_pop_last(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_found *f)
+{
+    return pop(c, u, NULL, wait_ms, f);
+}
+
+/* Iterating */
+
+static enum sh_status next(struct sh_ctx *c, struct sh_use *u, uint64_t *place, struct sh_found *f)
+{
+    for (uint64_t used = used_of(u); *place < used; ++*place) {
+        struct spot s = {.place = *place};
+        s.cell = atomic_load_explicit(place_at(u, *place), ACQ) & ~SH_REF_FROZEN;
+        if (s.cell == 0)
+            continue;
+        if (!sh_find_cell(c, s.cell, &s.r))
+            return SH_AGAIN;
+        enum sh_status status = found(c, u, &s, f);
+        *place += status == SH_OK;
+        return status;
+    }
+    return SH_ABSENT;
+}
+
+/* What is at *place, or the next one behind it; *place is behind that then. SH_ABSENT: nothing
+ * more. SH_CHANGED: size or order are not those of the stamp any more. */
+enum sh_status sh_dict_next(struct sh_ctx *c, struct sh_use *u, uint64_t *place, uint64_t stamp,
+                            int wait_ms, struct sh_found *f)
+{
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_coll_enter(c, u, wait_ms);
+        if (status != SH_OK)
+            return status;
+        if (atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ) != stamp)
+            status = SH_CHANGED;
+        else
+            status = next(c, u, place, f);
+        status = sh_coll_leave(c, status);
+    } while (sh_coll_again(c, wait_ms, &status, &tries));
+    return status;
+}

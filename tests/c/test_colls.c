@@ -1,0 +1,462 @@
+/*
+ * Collections: shared dicts and lists against plain arrays, from two processes, and deaths in the
+ * middle of every change.
+ */
+#include "support.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#define KEYS 300u
+
+struct scene {
+    int fd;
+    struct sh_ctx witness, c, lead;
+    struct sh_use of_witness, of_c;
+    bool list;
+};
+
+static struct scene *scene_new(bool list)
+{
+    struct scene *s = calloc(1, sizeof *s);
+    struct sh_ref coll;
+    s->fd = arena_new(64 << 20, NO_LIMIT);
+    s->list = list;
+    arena_lead(&s->lead, s->fd);
+    arena_join(&s->witness, s->fd);
+    arena_join(&s->c, s->fd);
+    CHECK_OK((list ? sh_list_new : sh_dict_new)(&s->witness, 1000, &coll));
+    s->of_witness = (struct sh_use){.coll = coll};
+    struct handle h = handle_of(&s->witness, &coll);
+    CHECK_OK(handle_open(&s->c, &h, &s->of_c.coll));
+    return s;
+}
+
+static void done(struct sh_ctx *c, enum sh_status status)
+{
+    while (status == SH_DEFERRED || status == SH_BUSY)
+        status = sh_flush(c, 1000);
+    CHECK_OK(status);
+}
+
+static void leave(struct sh_ctx *c, struct sh_use *u)
+{
+    done(c, sh_use_end(c, u, 1000));
+    block_drop(c, &u->coll);
+    arena_leave(c);
+}
+
+static void scene_end(struct scene *s)
+{
+    if (s->c.slot != NULL)
+        leave(&s->c, &s->of_c);
+    leave(&s->witness, &s->of_witness);
+    reap_dead(&s->lead, UINT64_MAX);
+    collect(&s->lead);
+    collect(&s->lead);
+    release_all(&s->lead);
+    must_be_empty(&s->lead);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+    kernel_must_agree(&s->lead);
+    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
+    counters_must_be(&s->lead, 0, 0);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}
+
+/* Keys and values are numbers; a large value has many bytes of one kind. */
+
+static struct sh_key key_of(const uint32_t *number)
+{
+    return (struct sh_key){.hash = sh_hash(number, 4, 0), .kind = 3, .nbytes = 4, .bytes = number};
+}
+
+static const uint8_t *filled(uint32_t number)
+{
+    static uint8_t bytes[400];
+    memset(bytes, (int)number, sizeof bytes);
+    return bytes;
+}
+
+/* The number says what kind of value it is: in a word of a list, small, or pinned to be read. */
+static struct sh_value value_of(const uint32_t *number)
+{
+    if (*number % 3 == 0)
+        return (struct sh_value){
+            .kind = 5, .nbytes = 200 + *number % 200, .bytes = filled(*number)};
+    return (struct sh_value){.kind = *number % 3 == 1 ? 1 : 21, .nbytes = 4, .bytes = number};
+}
+
+static bool is_value(struct sh_ctx *c, struct sh_found *f, uint32_t number)
+{
+    struct sh_value want = value_of(&number);
+    bool same = f->kind == want.kind && f->nbytes == want.nbytes &&
+                memcmp(f->value, want.bytes, want.nbytes) == 0;
+    if (f->pinned)
+        block_drop(c, &f->record);
+    return same;
+}
+
+static enum sh_status got(enum sh_status status, struct sh_ctx *c)
+{
+    if (status == SH_DEFERRED)
+        done(c, status);
+    return status == SH_DEFERRED ? SH_OK : status;
+}
+
+/* Dicts */
+
+static void dict_put(struct sh_ctx *c, struct sh_use *u, uint32_t key, uint32_t number)
+{
+    struct sh_key k = key_of(&key);
+    struct sh_value v = value_of(&number);
+    done(c, sh_dict_set(c, u, &k, &v, false, 1000));
+}
+
+/* 0: it has none. */
+static uint32_t dict_number(struct sh_ctx *c, struct sh_use *u, uint32_t key, uint32_t want)
+{
+    struct sh_found f;
+    struct sh_key k = key_of(&key);
+    enum sh_status status = got(sh_dict_get(c, u, &k, 1000, &f), c);
+    if (status == SH_ABSENT)
+        return 0;
+    CHECK_OK(status);
+    CHECK(is_value(c, &f, want));
+    return want;
+}
+
+static void test_a_dict_is_one(void)
+{
+    struct scene *s = scene_new(false);
+    uint32_t want[KEYS] = {0}, live = 0, number = 0;
+    struct rng rng = {test_seed()};
+    uint64_t n, stamp;
+    for (uint64_t step = 0; step < test_scale(60000); step++) {
+        bool mine = rng_below(&rng, 2);
+        struct sh_ctx *c = mine ? &s->c : &s->witness;
+        struct sh_use *u = mine ? &s->of_c : &s->of_witness;
+        uint32_t key = rng_below(&rng, step / 5000 % 2 ? KEYS : 20), op = rng_below(&rng, 100);
+        struct sh_key k = key_of(&key);
+        struct sh_found f;
+        if (op < 45) {
+            live += want[key] == 0;
+            want[key] = ++number;
+            dict_put(c, u, key, number);
+        } else if (op < 70) {
+            CHECK(dict_number(c, u, key, want[key]) == want[key]);
+        } else if (op < 98) {
+            enum sh_status status = got(sh_dict_pop(c, u, &k, 1000, &f), c);
+            CHECK_IS(status, want[key] ? SH_OK : SH_ABSENT);
+            CHECK(status != SH_OK || is_value(c, &f, want[key]));
+            live -= want[key] != 0;
+            want[key] = 0;
+        } else if (op < 99) {
+            struct sh_value v = value_of(&number);
+            CHECK_IS(got(sh_dict_set(c, u, &k, &v, true, 1000), c), want[key] ? SH_CHANGED : SH_OK);
+            live += want[key] == 0;
+            want[key] = want[key] ? want[key] : number;
+        } else if (rng_below(&rng, 20) == 0) {
+            done(c, sh_dict_clear(c, u, 1000));
+            memset(want, 0, sizeof want);
+            live = 0;
+        }
+        done(c, sh_coll_size(c, u, 1000, &n, &stamp));
+        CHECK(n == live);
+        if (step % 5000 == 0)
+            must_be_sound(&s->lead, EXACT_COUNTS);
+        if (step % 3000 == 0)
+            collect(&s->lead);
+    }
+    scene_end(s);
+}
+
+/* The order of insertion, and who iterates is told of a change. */
+static void test_a_dict_has_an_order(void)
+{
+    struct scene *s = scene_new(false);
+    struct sh_found f;
+    uint64_t place = 0, n, stamp;
+    for (uint32_t key = 0; key < 100; key++)
+        dict_put(&s->c, &s->of_c, key * 7 % 101, key + 1);
+    uint32_t gone = 7;
+    struct sh_key k = key_of(&gone);
+    done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
+    done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+    CHECK(n == 99);
+    for (uint32_t i = 0; i < 100; i++) {
+        if (i == 1)
+            continue;
+        uint32_t key;
+        done(&s->witness, sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f));
+        memcpy(&key, f.key, 4);
+        CHECK(key == i * 7 % 101 && is_value(&s->witness, &f, i + 1));
+    }
+    CHECK_IS(sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_ABSENT);
+    dict_put(&s->c, &s->of_c, 1000, 1);
+    CHECK_IS(sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_CHANGED);
+    done(&s->witness, sh_dict_pop_last(&s->witness, &s->of_witness, 1000, &f));
+    CHECK(is_value(&s->witness, &f, 1));
+    scene_end(s);
+}
+
+/* Values that name blocks keep them, and let them go. */
+static void test_values_name_blocks(void)
+{
+    struct scene *s = scene_new(false);
+    struct sh_ref leaf = block_new(&s->c, 5000), again;
+    struct handle h = handle_of(&s->c, &leaf);
+    uint32_t key = 5;
+    struct sh_key k = key_of(&key);
+    struct sh_value v = {.kind = 40, .nrefs = 1, .refs = &leaf, .bytes = ""};
+    struct sh_found f;
+    done(&s->c, sh_dict_set(&s->c, &s->of_c, &k, &v, false, 1000));
+    block_drop(&s->c, &leaf);
+    done(&s->witness, sh_dict_get(&s->witness, &s->of_witness, &k, 1000, &f));
+    CHECK(f.pinned && f.nrefs == 1);
+    CHECK_OK(sh_record_ref(&s->witness, &f, 0, 1000, &again));
+    block_drop(&s->witness, &f.record);
+    CHECK(again.nbytes == 5000);
+    block_drop(&s->witness, &again);
+    dict_put(&s->witness, &s->of_witness, key, 1);
+    CHECK_IS(handle_open(&s->c, &h, &again), SH_STALE);
+    scene_end(s);
+}
+
+/* Lists */
+
+static void list_check(struct scene *s, struct sh_ctx *c, struct sh_use *u, const uint32_t *want,
+                       uint64_t n)
+{
+    struct sh_ref copy;
+    struct sh_found f;
+    done(c, sh_list_copy(c, u, 1000, &copy));
+    for (uint64_t i = 0; i < n; i++) {
+        done(c, sh_list_staged(c, &copy, i, 1000, &f));
+        CHECK(is_value(c, &f, want[i]));
+    }
+    CHECK_IS(sh_list_staged(c, &copy, n, 1000, &f), SH_ABSENT);
+    block_drop(c, &copy);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+}
+
+static void list_splice(struct sh_ctx *c, struct sh_use *u, uint32_t *want, uint64_t *n,
+                        struct rng *rng, uint32_t *number)
+{
+    uint64_t len, start, stop;
+    struct sh_splice part = {0};
+    struct sh_ref stage;
+    uint32_t more = rng_below(rng, 6);
+    done(c, sh_coll_size(c, u, 1000, &len, &part.stamp));
+    CHECK(len == *n);
+    part.start = start = rng_below(rng, (uint32_t)len + 1);
+    part.stop = stop = start + rng_below(rng, (uint32_t)(len - start) + 1);
+    done(c, sh_list_stage_new(c, more, 1000, &stage));
+    memmove(want + start + more, want + stop, (len - stop) * sizeof *want);
+    for (uint32_t i = 0; i < more; i++) {
+        want[start + i] = ++*number;
+        struct sh_value v = value_of(number);
+        done(c, sh_list_stage(c, &stage, &v, 1000));
+    }
+    part.stage = &stage;
+    done(c, sh_list_splice(c, u, &part, 1000));
+    block_drop(c, &stage);
+    *n = len - (stop - start) + more;
+    part.stamp--; /* of a list that was */
+    CHECK_IS(got(sh_list_splice(c, u, &part, 1000), c), SH_CHANGED);
+}
+
+static void test_a_list_is_one(void)
+{
+    struct scene *s = scene_new(true);
+    static uint32_t want[100000];
+    uint64_t n = 0;
+    uint32_t number = 0;
+    struct rng rng = {test_seed()};
+    struct sh_found f;
+    for (uint64_t step = 0; step < test_scale(30000); step++) {
+        bool mine = rng_below(&rng, 2);
+        struct sh_ctx *c = mine ? &s->c : &s->witness;
+        struct sh_use *u = mine ? &s->of_c : &s->of_witness;
+        uint32_t op = rng_below(&rng, 100), at = n ? rng_below(&rng, (uint32_t)n) : 0;
+        struct sh_value v = value_of(&number);
+        if (op < 40) {
+            want[n++] = number;
+            done(c, sh_list_append(c, u, &v, 1000));
+        } else if (op < 60) {
+            enum sh_status status =
+                got(sh_list_get(c, u, (int64_t)at - (mine ? (int64_t)n : 0), 1000, &f), c);
+            CHECK_IS(status, n ? SH_OK : SH_ABSENT);
+            CHECK(n == 0 || is_value(c, &f, want[at]));
+        } else if (op < 75) {
+            enum sh_status status = got(sh_list_set(c, u, at, &v, 1000), c);
+            CHECK_IS(status, n ? SH_OK : SH_ABSENT);
+            want[at] = number;
+        } else if (op < 97) {
+            enum sh_status status = got(sh_list_pop(c, u, 1000, &f), c);
+            CHECK_IS(status, n ? SH_OK : SH_ABSENT);
+            CHECK(n == 0 || is_value(c, &f, want[--n]));
+        } else {
+            list_splice(c, u, want, &n, &rng, &number);
+        }
+        number++;
+        if (step % 2000 == 0)
+            list_check(s, c, u, want, n);
+        if (step % 3000 == 0)
+            collect(&s->lead);
+    }
+    scene_end(s);
+}
+
+/* Deaths */
+
+static void change_dict(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_found f;
+    for (uint32_t key = 0; key < 40; key++)
+        dict_put(&s->c, &s->of_c, key, key + 1000);
+    for (uint32_t key = 0; key < 40; key += 3) {
+        struct sh_key k = key_of(&key);
+        done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
+    }
+    done(&s->c, sh_dict_pop_last(&s->c, &s->of_c, 1000, &f));
+    if (f.pinned)
+        block_drop(&s->c, &f.record);
+    done(&s->c, sh_dict_clear(&s->c, &s->of_c, 1000));
+}
+
+static void change_list(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_found f;
+    for (uint32_t i = 0; i < 40; i++) {
+        struct sh_value v = value_of(&i);
+        done(&s->c, sh_list_append(&s->c, &s->of_c, &v, 1000));
+    }
+    for (uint32_t i = 0; i < 10; i++) {
+        done(&s->c, sh_list_pop(&s->c, &s->of_c, 1000, &f));
+        if (f.pinned)
+            block_drop(&s->c, &f.record);
+    }
+    struct sh_splice part = {.always = true, .stage = NULL};
+    done(&s->c, sh_coll_size(&s->c, &s->of_c, 1000, &part.stop, &part.stamp));
+    part.always = false;
+    part.stop = 20;
+    done(&s->c, sh_list_splice(&s->c, &s->of_c, &part, 1000));
+}
+
+/* Who lives on finds a whole dict: each key has its old value or its new one. */
+static void dict_must_be_whole(struct scene *s)
+{
+    struct sh_ctx *c = &s->witness;
+    struct sh_use *u = &s->of_witness;
+    struct sh_found f;
+    uint64_t n, stamp, place = 0, seen = 0;
+    for (uint32_t key = 0; key < 40; key++) { /* takes the lock of the dead */
+        struct sh_key k = key_of(&key);
+        enum sh_status status = got(sh_dict_get(c, u, &k, 1000, &f), c);
+        CHECK(status == SH_ABSENT || is_value(c, &f, key + 1000));
+    }
+    dict_put(c, u, 77, 5);
+    CHECK(dict_number(c, u, 77, 5) == 5);
+    done(c, sh_coll_size(c, u, 1000, &n, &stamp));
+    while ((got(sh_dict_next(c, u, &place, stamp, 1000, &f), c)) == SH_OK) {
+        if (f.pinned)
+            block_drop(c, &f.record);
+        seen++;
+    }
+    CHECK(seen == n);
+    while (got(sh_dict_pop_last(c, u, 1000, &f), c) == SH_OK)
+        if (f.pinned)
+            block_drop(c, &f.record);
+    done(c, sh_coll_size(c, u, 1000, &n, &stamp));
+    CHECK(n == 0);
+}
+
+static void list_must_be_whole(struct scene *s)
+{
+    struct sh_ctx *c = &s->witness;
+    struct sh_use *u = &s->of_witness;
+    struct sh_found f;
+    uint64_t n, stamp;
+    uint32_t more = 500;
+    struct sh_value v = value_of(&more);
+    done(c, sh_list_append(c, u, &v, 1000)); /* takes the lock of the dead */
+    done(c, sh_coll_size(c, u, 1000, &n, &stamp));
+    done(c, sh_list_pop(c, u, 1000, &f));
+    CHECK(is_value(c, &f, more));
+    bool spliced = false; /* 20 to 29 are left, of 0 to 29 */
+    for (uint64_t i = 0; i + 1 < n; i++) {
+        done(c, sh_list_get(c, u, (int64_t)i, 1000, &f));
+        struct sh_found first = f;
+        uint32_t number = (uint32_t)i, later = number + 20;
+        first.pinned = false;
+        spliced |= i == 0 && !is_value(c, &first, 0);
+        CHECK(is_value(c, &f, spliced ? later : number));
+    }
+    CHECK(!spliced || n == 11);
+}
+
+static void die_everywhere(bool list, const char *const *points, uint32_t npoints)
+{
+    for (uint32_t p = 0; p < npoints; p++)
+        for (uint32_t n = 1;; n += 1 + n / 8) {
+            struct scene *s = scene_new(list);
+            bool survived = child_survives(list ? change_list : change_dict, s, points[p], n);
+            arena_die(&s->c);
+            (list ? list_must_be_whole : dict_must_be_whole)(s);
+            arena_die(&s->lead);
+            arena_lead(&s->lead, s->fd);
+            reap_dead(&s->lead, UINT64_MAX);
+            collect(&s->lead);
+            must_be_sound(&s->lead, EXACT_COUNTS);
+            scene_end(s);
+            if (survived)
+                break;
+            CHECK(n < 100000);
+        }
+}
+
+static void test_deaths_in_a_dict(void)
+{
+    static const char *const points[] = {"coll:locked",  "coll:counted", "coll:published",
+                                         "dict:placed",  "dict:indexed", "dict:frozen",
+                                         "dict:deleted", "node:stored"};
+    die_everywhere(false, points, sizeof points / sizeof points[0]);
+}
+
+static void test_deaths_in_a_list(void)
+{
+    static const char *const points[] = {"coll:locked", "coll:counted", "coll:published",
+                                         "list:put",    "list:shorter", "node:stored"};
+    die_everywhere(true, points, sizeof points / sizeof points[0]);
+}
+
+/* The lock that users have outlives nobody. */
+static void test_a_lock_whose_holder_died(void)
+{
+    struct scene *s = scene_new(false);
+    CHECK(sh_coll_try(&s->c, &s->of_c) == 1);
+    CHECK(sh_coll_try(&s->witness, &s->of_witness) == 0);
+    CHECK(!sh_coll_let(&s->witness, &s->of_witness));
+    arena_die(&s->c);
+    CHECK(sh_coll_try(&s->witness, &s->of_witness) == 2);
+    CHECK(sh_coll_let(&s->witness, &s->of_witness));
+    scene_end(s);
+}
+
+int main(void)
+{
+    static const struct test tests[] = {
+        {"a_dict_is_one", test_a_dict_is_one},
+        {"a_dict_has_an_order", test_a_dict_has_an_order},
+        {"values_name_blocks", test_values_name_blocks},
+        {"a_list_is_one", test_a_list_is_one},
+        {"deaths_in_a_dict", test_deaths_in_a_dict},
+        {"deaths_in_a_list", test_deaths_in_a_list},
+        {"a_lock_whose_holder_died", test_a_lock_whose_holder_died},
+    };
+    return test_main("colls", tests, sizeof tests / sizeof tests[0]);
+}
