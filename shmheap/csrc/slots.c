@@ -159,7 +159,7 @@ uint32_t sh_request(struct sh_ctx *c, enum sh_request kind)
 
 #define STARTING_MS 1000u /* an interpreter's start is 100 ms, more on a busy machine */
 #define SPAWNING_MS 30u   /* until its byte is locked */
-#define HURRIES     8u    /* that so many die as they start is no chance */
+#define HURRIES     32u   /* that so many die as they start is no chance */
 
 /* Whether it is ours to start a successor. Of all who find that there is none, one does it: ten
  * interpreters that start at once take the time from each other, and from everybody else. Should it

@@ -1411,9 +1411,9 @@ static void test_a_coordinator_killed_as_it_started_was_missed_for_a_second(void
     CHECK(!sh_may_start(&s->b)); /* it lives */
     sh_os_let_go(starting);
     CHECK(sh_may_start(&s->b) && !sh_may_start(&s->a));
-    started_before(&s->b, 100, 8);
+    started_before(&s->b, 100, 32);
     CHECK(!sh_may_start(&s->b)); /* so often is no chance */
-    started_before(&s->b, 1000, 8);
+    started_before(&s->b, 1000, 32);
     CHECK(sh_may_start(&s->b));
     arena_lead(&s->lead, s->fd);
     CHECK(atomic_load(&s->a.hdr->started) == 0);

@@ -262,12 +262,12 @@ class Soak:
                 self._dying.append(self.living.pop(pid))
 
     def _kill(self, pid: int, role: str) -> bool:
-        from_ns = time.monotonic_ns()
+        from_ns, delay_ns = time.monotonic_ns(), _run_delay_ns(pid)
         if not (role == "coordinator" or is_ours(pid)) or not stop(pid):
             return False
         held = self._locks.held_by(pid, threads_of(pid), role == "coordinator")
-        if role == "worker":
-            self._count_unfinished(self.living[pid])
+        if role == "worker" and delay_ns is not None:
+            self._count_unfinished(self.living[pid], from_ns, delay_ns)
         os.kill(pid, signal.SIGKILL)
         tally = self.tally
         tally.stopped_ns = max(tally.stopped_ns, time.monotonic_ns() - from_ns)
@@ -276,16 +276,15 @@ class Soak:
         tally.kills_inside[role] += bool(held)
         return True
 
-    def _count_unfinished(self, victim: Living) -> None:
-        """The step in which it dies may have been long: it can no longer say so itself."""
+    def _count_unfinished(self, victim: Living, until_ns: int, delay_ns: int) -> None:
+        """The step in which it dies may have been long: it can no longer say so itself.
+
+        Counted until it was told to stop: from then on its wait is our doing.
+        """
         row = self._board.row(victim.row)
-        fd = open_schedstat(victim.pid)
-        if row[Field.PID] != victim.pid or row[Field.SINCE] == 0 or fd is None:
+        if row[Field.PID] != victim.pid or row[Field.SINCE] == 0:
             return
-        delay_ns = run_delay_ns(fd)
-        os.close(fd)
-        now_ns = time.monotonic_ns()
-        wait_ns = waited_ns(row[Field.SINCE], now_ns, row[Field.DELAY_THEN], delay_ns)
+        wait_ns = waited_ns(row[Field.SINCE], until_ns, row[Field.DELAY_THEN], delay_ns)
         if row[Field.OP] not in (Op.NONE, *CONTROLS) and wait_ns > row[Field.LONGEST_NS]:
             row[Field.LONGEST_NS], row[Field.LONGEST_OP] = wait_ns, row[Field.OP]
             row[Field.STALLS] += wait_ns > STALL_NS
@@ -376,6 +375,19 @@ class Soak:
         """Take every letter that is still under way."""
         while (letter := self._mail.take()) is not None:
             yield letter
+
+
+def _run_delay_ns(pid: int) -> int | None:
+    """Return how long a process was ready to run and did not, ns; None: it is gone."""
+    fd = open_schedstat(pid)
+    if fd is None:
+        return None
+    try:
+        return run_delay_ns(fd)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def spawn(order: Order) -> int:
