@@ -96,10 +96,15 @@ static inline uint64_t sh_slot_byte(const struct sh_ctx *c, uint32_t slot)
     return c->geo.slots + slot * sizeof(struct sh_slot);
 }
 
-/* Bytes of block words that a page has in a tier. */
+/* Bytes of block words that a page has in a tier, and their logarithm. */
+static inline uint32_t sh_stride_shift(const struct sh_ctx *c, uint32_t tier)
+{
+    return c->geo.page_shift - 1 - 2 * tier;
+}
+
 static inline uint64_t sh_stride(const struct sh_ctx *c, uint32_t tier)
 {
-    return 1ull << (c->geo.page_shift - 1 - 2 * tier);
+    return 1ull << sh_stride_shift(c, tier);
 }
 
 /* The words of the span that starts at a page run on from that page's slot in the tier. */
@@ -401,14 +406,24 @@ static inline uint64_t sh_touch_of(uint32_t phase)
 {
     return (uint64_t)((phase >> 8) & 0x3fu) << SH_TOUCH_SHIFT;
 }
+/* That of the process. Without the barrier (SH_NO_BARRIER) collections free what is in use:
+ * tools/bench.py says what it costs. */
 static inline uint32_t sh_phase(const struct sh_ctx *c)
 {
+#ifdef SH_NO_BARRIER
+    (void)c;
+    return SH_IDLE;
+#else
     return atomic_load_explicit(&c->slot->phase, RLX);
+#endif
 }
 
 /* A block word, touched if a collection is under way. */
 static inline uint64_t sh_touched(uint64_t w, uint32_t phase)
 {
+#ifdef SH_NO_BARRIER
+    phase = SH_IDLE;
+#endif
     return sh_phase_of(phase) == SH_IDLE ? w : (w & ~SH_TOUCH_MASK) | sh_touch_of(phase);
 }
 static inline bool sh_is_live(uint64_t w, uint64_t gen)

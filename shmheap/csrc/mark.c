@@ -87,11 +87,24 @@ enum sh_status sh_start_cycle(struct sh_ctx *c)
     return status == SH_OK ? set_phase(c, SH_MARK, epoch) : status;
 }
 
-/* Tracing */
+/* Tracing. A block's word and a node's bytes are where no cache has them, and the wait for memory
+ * is most of what marking costs. So both are asked for as soon as they are known to be wanted, and
+ * looked at AHEAD others later: cells between a reference and its word, nodes between the stack
+ * and their references. */
+
+#define AHEAD 16u
+
+struct grey {
+    const struct sh_node *node; /* NULL: none */
+    uint64_t room;              /* bytes */
+};
 
 struct sh_trace {
-    uint64_t *grey; /* word numbers of nodes that are marked and not yet looked at */
+    struct grey *grey; /* nodes that are marked and not yet looked at: a stack */
     uint64_t n, room;
+    struct grey node[AHEAD]; /* likewise, and asked for: a ring */
+    uint64_t cell[AHEAD];    /* holders not yet followed, whose words are asked for: a ring */
+    uint32_t node_turn, cell_turn;
     uint64_t blocks; /* marked */
     /* By word number, sparse: holders seen of each block, as far as 65,535. NULL: nobody died since
      * counts were right, so none is too high. */
@@ -124,11 +137,11 @@ void sh_trace_end(struct sh_ctx *c)
     free(t);
 }
 
-static void push_grey(struct sh_trace *t, uint64_t number)
+static void push_grey(struct sh_trace *t, struct grey g)
 {
     if (t->n == t->room) {
         uint64_t room = t->room ? 2 * t->room : 1024;
-        uint64_t *grey = realloc(t->grey, room * sizeof *grey);
+        struct grey *grey = realloc(t->grey, room * sizeof *grey);
         if (grey == NULL) {
             t->failed = true;
             return;
@@ -136,21 +149,35 @@ static void push_grey(struct sh_trace *t, uint64_t number)
         t->grey = grey;
         t->room = room;
     }
-    t->grey[t->n++] = number;
+    t->grey[t->n++] = g;
+}
+
+/* The node that was asked for first; one from the stack is asked for in its place. None: there is
+ * no grey node any more. */
+static struct grey next_grey(struct sh_trace *t)
+{
+    struct grey g = {0};
+    for (uint32_t i = 0; i <= AHEAD && g.node == NULL; i++) {
+        struct grey *place = &t->node[t->node_turn++ % AHEAD];
+        g = *place;
+        *place = t->n != 0 ? t->grey[--t->n] : (struct grey){0};
+        __builtin_prefetch(place->node);
+    }
+    return g;
 }
 
 /* Marks a block that lives, or a dying node. */
-static void mark_word(struct sh_ctx *c, _Atomic uint64_t *word, uint64_t w)
+static void mark_block(struct sh_ctx *c, const struct sh_ref *r, uint64_t w)
 {
     struct sh_trace *t = c->trace;
     while (SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING) {
         if (w & SH_MARKED)
             return;
-        if (!atomic_compare_exchange_weak_explicit(word, &w, w | SH_MARKED, ACQR, ACQ))
+        if (!atomic_compare_exchange_weak_explicit(r->word, &w, w | SH_MARKED, ACQR, ACQ))
             continue;
         t->blocks++;
         if (w & SH_NODE)
-            push_grey(t, sh_word_number(c, word));
+            push_grey(t, (struct grey){(const struct sh_node *)r->data, r->nbytes});
         return;
     }
 }
@@ -161,7 +188,7 @@ static void shade(struct sh_ctx *c, uint64_t cell)
     struct sh_ref r;
     uint64_t number = SH_CELL_WORD(cell);
     bool lease = cell & SH_REF_VALUE;
-    if (cell == 0 || !sh_locate(c, number, &r))
+    if (!sh_locate(c, number, &r))
         return;
     uint64_t w = atomic_load_explicit(r.word, ACQ);
     if (SH_BSTATE(w) != SH_BLOCK_LIVE ||
@@ -169,33 +196,48 @@ static void shade(struct sh_ctx *c, uint64_t cell)
         return;
     if (c->trace->seen != NULL && c->trace->seen[number] != UINT16_MAX)
         c->trace->seen[number]++;
-    mark_word(c, r.word, w);
+    mark_block(c, &r, w);
+}
+
+/* Asks for what a holder names, and shades what was asked for AHEAD holders ago; 0 is no holder. */
+static void follow(struct sh_ctx *c, uint64_t cell)
+{
+    uint64_t *place = &c->trace->cell[c->trace->cell_turn++ % AHEAD], before = *place;
+    *place = cell;
+    __builtin_prefetch(c->base + 8 * SH_CELL_WORD(cell), 1);
+    if (before != 0)
+        shade(c, before);
+}
+
+static void follow_all(struct sh_ctx *c)
+{
+    for (uint32_t i = 0; i < AHEAD; i++)
+        follow(c, 0);
 }
 
 /* The references of a node. It may die meanwhile, and its place be another block's: then what is
  * read here is not what it was, and marks blocks that need not live, for this collection. Nobody
  * punches but the coordinator, so the bytes are there. A race by design. */
-__attribute__((no_sanitize("thread"))) static void look_into(struct sh_ctx *c, uint64_t number)
+__attribute__((no_sanitize("thread"))) static void look_into(struct sh_ctx *c, struct grey g)
 {
-    struct sh_ref r;
-    if (!sh_locate(c, number, &r))
-        return;
-    uint64_t w = atomic_load_explicit(r.word, ACQ);
-    const struct sh_node *n = (const struct sh_node *)r.data;
-    uint64_t head = atomic_load_explicit(&n->head, ACQ);
-    if (!(w & SH_NODE) || !sh_node_fits(head, sh_block_bytes(c, &r, w)))
+    uint64_t head = atomic_load_explicit(&g.node->head, ACQ);
+    if (!sh_node_fits(head, g.room))
         return;
     for (uint32_t i = 0; i < SH_NODE_NREFS(head); i++) {
-        uint64_t ref = atomic_load_explicit(&n->ref[i], ACQ);
+        uint64_t ref = atomic_load_explicit(&g.node->ref[i], ACQ);
         if (SH_REF_IS_CELL(ref))
-            shade(c, ref);
+            follow(c, ref);
     }
 }
 
 static void empty_grey(struct sh_ctx *c)
 {
-    while (c->trace->n != 0)
-        look_into(c, c->trace->grey[--c->trace->n]);
+    do {
+        struct grey g;
+        while ((g = next_grey(c->trace)).node != NULL)
+            look_into(c, g);
+        follow_all(c);
+    } while (c->trace->n != 0);
 }
 
 /* Touched in this collection; or dying by a process, which drops what it still names in slices: a
@@ -205,8 +247,9 @@ static void find_untraced(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
     uint64_t w = atomic_load_explicit(word, ACQ);
     bool touched = SH_BSTATE(w) == SH_BLOCK_LIVE && (w & SH_TOUCH_MASK) == *(uint64_t *)arg;
     bool dropped = SH_BSTATE(w) == SH_BLOCK_DYING && SH_COUNT(w) != 0;
-    if ((touched || dropped) && !(w & SH_MARKED))
-        mark_word(c, word, w);
+    struct sh_ref r;
+    if ((touched || dropped) && !(w & SH_MARKED) && sh_locate(c, sh_word_number(c, word), &r))
+        mark_block(c, &r, w);
 }
 
 /* Rule 12: until a full pass finds nothing that was touched and is not traced. */
@@ -222,20 +265,20 @@ static enum sh_status trace_all(struct sh_ctx *c)
     return c->trace->failed ? SH_NOMEM : status;
 }
 
-static void shade_cells(struct sh_ctx *c, uint32_t page, uint32_t kind)
+static void follow_cells(struct sh_ctx *c, uint32_t page, uint32_t kind)
 {
     const _Atomic uint64_t *cells = (const _Atomic uint64_t *)sh_data(c, page);
     uint32_t step = c->kinds[kind].size / 8;
     for (uint32_t i = 0; i < c->kinds[kind].nblocks; i++)
-        shade(c, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ));
+        follow(c, atomic_load_explicit(&cells[(uint64_t)i * step], ACQ));
 }
 
-static void shade_roots(struct sh_ctx *c)
+static void follow_roots(struct sh_ctx *c)
 {
     uint64_t used = atomic_load_explicit((_Atomic uint64_t *)&c->hdr->roots_used, ACQ);
     const struct sh_root *roots = (const struct sh_root *)(c->base + c->geo.roots);
     for (uint64_t i = 0; i < used && i < SH_MAX_ROOTS; i++)
-        shade(c, atomic_load_explicit(&roots[i].cell, ACQ));
+        follow(c, atomic_load_explicit(&roots[i].cell, ACQ));
 }
 
 static uint64_t older(struct sh_ctx *c, uint32_t page, uint64_t oldest)
@@ -249,20 +292,20 @@ static uint64_t older(struct sh_ctx *c, uint32_t page, uint64_t oldest)
     return oldest;
 }
 
-static enum sh_status shade_holders(struct sh_ctx *c)
+static enum sh_status follow_holders(struct sh_ctx *c)
 {
     struct sh_walk walk = {0};
     uint32_t page;
     uint64_t span;
     uint64_t oldest = UINT64_MAX;
     enum sh_status status;
-    shade_roots(c);
+    follow_roots(c);
     SH_CRASH("gc:marking");
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (SH_SPAN_STATE(span) == SH_PINS)
-            shade_cells(c, page, SH_KIND_PINS);
+            follow_cells(c, page, SH_KIND_PINS);
         if (SH_SPAN_STATE(span) == SH_LEASES) {
-            shade_cells(c, page, SH_KIND_LEASES);
+            follow_cells(c, page, SH_KIND_LEASES);
             oldest = older(c, page, oldest);
         }
     }
@@ -278,7 +321,7 @@ enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
     c->trace = trace_new(c);
     if (c->trace == NULL)
         return SH_NOMEM;
-    enum sh_status status = shade_holders(c);
+    enum sh_status status = follow_holders(c);
     if (status == SH_OK)
         status = trace_all(c);
     *blocks = c->trace->blocks;

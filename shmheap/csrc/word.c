@@ -106,15 +106,23 @@ static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, 
            sh_span_fits(c, *head, *span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
 }
 
+/* The bytes are those that there is room for. */
 void sh_fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
                  uint32_t index)
 {
-    bool large = SH_SPAN_STATE(span) == SH_LARGE;
     r->page = head;
-    r->kind = large ? SH_KIND_LARGE : SH_SPAN_KIND(span);
-    r->data = sh_data(c, head) + (large ? 0 : (uint64_t)index * c->kinds[r->kind].size);
-    r->word =
-        sh_words(c, head, large ? SH_LARGE_TIER : c->kinds[r->kind].tier) + (large ? 0 : index);
+    if (SH_SPAN_STATE(span) == SH_LARGE) {
+        r->kind = SH_KIND_LARGE;
+        r->nbytes = (uint64_t)SH_SPAN_NPAGES(span) << c->geo.page_shift;
+        r->data = sh_data(c, head);
+        r->word = sh_words(c, head, SH_LARGE_TIER);
+        return;
+    }
+    const struct sh_kind *k = &c->kinds[SH_SPAN_KIND(span)];
+    r->kind = SH_SPAN_KIND(span);
+    r->nbytes = k->size;
+    r->data = sh_data(c, head) + (uint64_t)index * k->size;
+    r->word = sh_words(c, head, k->tier) + index;
 }
 
 /* From a handle's offset in the data area. */
@@ -139,24 +147,20 @@ bool sh_locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
     return true;
 }
 
-static bool tier_of_word(const struct sh_ctx *c, uint64_t off, uint32_t *tier)
-{
-    for (*tier = 0; *tier < SH_NTIERS; ++*tier)
-        if (off >= c->geo.words[*tier] &&
-            off < c->geo.words[*tier] + c->geo.npages * sh_stride(c, *tier))
-            return true;
-    return false;
-}
-
-/* From a cell's word number. */
+/* From a cell's word number. Tiers follow each other, the sparsest first. */
 bool sh_locate(const struct sh_ctx *c, uint64_t word_number, struct sh_ref *r)
 {
-    uint32_t tier, head;
     uint64_t span, off = word_number * 8;
-    if (!tier_of_word(c, off, &tier) ||
-        !span_of_page(c, (off - c->geo.words[tier]) / sh_stride(c, tier), &head, &span))
+    uint32_t head, tier = 0;
+    while (tier < SH_NTIERS && off < c->geo.words[tier])
+        tier++;
+    if (tier == SH_NTIERS || off >= c->geo.data)
         return false;
-    uint64_t index = (off - c->geo.words[tier] - head * sh_stride(c, tier)) / 8;
+    uint32_t shift = sh_stride_shift(c, tier);
+    off -= c->geo.words[tier];
+    if (!span_of_page(c, off >> shift, &head, &span))
+        return false;
+    uint64_t index = (off - ((uint64_t)head << shift)) / 8;
     bool large = SH_SPAN_STATE(span) == SH_LARGE;
     const struct sh_kind *k = large ? NULL : &c->kinds[SH_SPAN_KIND(span)];
     if (large ? tier != SH_LARGE_TIER || index != 0 : tier != k->tier || index >= k->nblocks)
