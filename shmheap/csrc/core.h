@@ -418,13 +418,15 @@ static inline uint32_t sh_phase(const struct sh_ctx *c)
 #endif
 }
 
-/* A block word, touched if a collection is under way. */
+/* A block word, touched if a collection is under way, which is rare. */
 static inline uint64_t sh_touched(uint64_t w, uint32_t phase)
 {
 #ifdef SH_NO_BARRIER
     phase = SH_IDLE;
 #endif
-    return sh_phase_of(phase) == SH_IDLE ? w : (w & ~SH_TOUCH_MASK) | sh_touch_of(phase);
+    if (__builtin_expect(sh_phase_of(phase) == SH_IDLE, 1))
+        return w;
+    return (w & ~SH_TOUCH_MASK) | sh_touch_of(phase);
 }
 static inline bool sh_is_live(uint64_t w, uint64_t gen)
 {

@@ -24,7 +24,7 @@ bool sh_hold_cell(struct sh_ctx *c, uint64_t cell, struct sh_ref *r)
 
 /* Puts a word in the place of another, which is touched first, and then let go (rules 6 and 7).
  * What the new one names is counted already. False: the place has another one by now. Locked. */
-bool sh_swap_ref(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t old, uint64_t new)
+inline bool sh_swap_ref(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t old, uint64_t new)
 {
     struct sh_ref r;
     uint32_t phase = sh_phase(c);
