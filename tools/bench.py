@@ -5,6 +5,7 @@
     bench.py memory [--json] [--quick] [--plot FILE.png]
     bench.py takeover [--json] [--quick] [--plot FILE.png]
     bench.py lock [--json] [--quick] [--plot FILE.png]
+    bench.py gc [--json] [--quick] [--plot FILE.png]
 
 What each command measures and how to read it: docs/reference/bench.md. A benchmark is not a test:
 the exit status says whether it ran, not whether the figures are good.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))  # also under
 
 import bench_alloc
 import bench_common
+import bench_gc
 import bench_lock
 import bench_memory
 import bench_takeover
@@ -31,6 +33,7 @@ COMMANDS: dict[str, bench_common.Command] = {
     "memory": bench_memory.Memory(),
     "takeover": bench_takeover.Takeover(),
     "lock": bench_lock.Lock(),
+    "gc": bench_gc.Gc(),
 }
 """A further command is a line here and a module in tools/bench/."""
 

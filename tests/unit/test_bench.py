@@ -127,6 +127,22 @@ def test_lock_has_every_part() -> None:
     assert [row["must"] for row in found["rows"]] == [10, 10, 10, None, None]
 
 
+def test_gc_has_every_part() -> None:
+    found = run_bench("gc", "--quick", "--json")
+    check_frame(found, "gc")
+    assert [one["shape"] for one in found["cycles"]] == ["graph", "tree"]
+    for one in found["cycles"]:
+        assert one["blocks"] == 10_000
+        assert one["marked_per_s"] > 0
+        assert one["swept_garbage_per_s"] > 0
+        assert one["go"] == {} or one["go"]["marked_per_s"] > 0
+    quantiles = {"p50_ns", "p99_ns", "p9999_ns", "max_ns"}
+    assert found["waits"]["idle"].keys() == found["waits"]["cycle"].keys() == quantiles
+    assert len(found["barrier"]) == 4
+    limits = {(row["must"], row["aim"]) for row in found["rows"]}
+    assert {(5, 20), (1000, 100), (5, 1)} <= limits
+
+
 def test_quantiles_of_few_values_are_values(common: Any) -> None:
     quantiles = importlib.import_module("bench_takeover").quantiles
     assert quantiles([3.0]) == {"p50": 3.0, "p99": 3.0, "max": 3.0}

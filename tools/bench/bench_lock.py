@@ -159,7 +159,7 @@ def build(folder: Path, compiler: str, flags: Sequence[str]) -> tuple[Build, Bui
 
 @contextmanager
 def _c(build: Build) -> Iterator[subprocess.Popen[str]]:
-    with _coprocess([str(build.program)], None) as process:
+    with coprocess([str(build.program)], None) as process:
         yield process
 
 
@@ -167,12 +167,12 @@ def _c(build: Build) -> Iterator[subprocess.Popen[str]]:
 def _python(build: Build) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": str(build.packages)}
     command = [sys.executable, "-P", "-c", WORK, str(Path(__file__).parent)]
-    with _coprocess(command, environment) as process:
+    with coprocess(command, environment) as process:
         yield process
 
 
 @contextmanager
-def _coprocess(
+def coprocess(
     command: list[str], environment: dict[str, str] | None
 ) -> Iterator[subprocess.Popen[str]]:
     """Start what answers a line with a line of figures, and ends with its input."""
@@ -233,15 +233,16 @@ def count_instructions(whole: Path, without: Path) -> Result:
     """Instructions of alloc and drop of 64 B, by valgrind; empty where that is not installed."""
     if shutil.which("valgrind") is None:
         return {}
-    counts = [_instructions(program) for program in (whole, without)]
+    counts = [instructions(program) for program in (whole, without)]
     return {"whole": counts[0], "without": counts[1], "difference": counts[0] - counts[1]}
 
 
-def _instructions(program: Path) -> float:
+def instructions(program: Path, *arguments: str) -> float:
+    """Count those of one of what the program does as often as its last argument says."""
     total = []
     for pairs in COUNTED:
         command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-        command += [str(program), str(pairs)]
+        command += [str(program), *arguments, str(pairs)]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         total.append(int(said.partition("Collected :")[2].split()[0]))
     return (total[1] - total[0]) / (COUNTED[1] - COUNTED[0])
