@@ -261,6 +261,7 @@ static enum sh_status trace_all(struct sh_ctx *c)
         empty_grey(c);
         before = c->trace->blocks;
         status = each_word(c, find_untraced, &touch);
+        SH_CRASH("gc:traced");
     } while (status == SH_OK && !c->trace->failed && c->trace->blocks != before);
     return c->trace->failed ? SH_NOMEM : status;
 }
@@ -333,13 +334,15 @@ enum sh_status sh_mark(struct sh_ctx *c, uint64_t *blocks)
 enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
-    uint64_t before = c->trace->blocks;
+    uint64_t before = c->trace->blocks, from = sh_os_now_ns();
     enum sh_status status = set_phase(c, SH_FINAL, epoch);
     if (status == SH_OK)
         status = trace_all(c);
     *blocks = c->trace->blocks - before;
     if (status == SH_OK)
         status = set_phase(c, SH_SWEEP, epoch);
+    uint64_t waited = sh_os_now_ns() - from; /* who opens a handle without a lease */
+    c->longest_ns = waited > c->longest_ns ? waited : c->longest_ns;
     if (status != SH_OK)
         set_phase(c, SH_IDLE, epoch);
     return status;

@@ -350,6 +350,119 @@ static void test_a_death_at_each_point_of_a_nodes_death(void)
     }
 }
 
+/* A coordinator that dies in the middle of a collection */
+
+#define LINKS 40u
+
+struct cycle {
+    int fd;
+    struct sh_ctx a, lead;
+    struct sh_ref x, y, kept;
+};
+
+/* A chain that hangs on a name; y names a leaf; garbage that goes round and names what a holds. */
+static struct cycle *cycle_new(void)
+{
+    struct cycle *s = calloc(1, sizeof *s);
+    s->fd = arena_new(8 << 20, NO_LIMIT);
+    arena_lead(&s->lead, s->fd);
+    arena_join(&s->a, s->fd);
+    struct sh_ref head = chain_new(&s->a, LINKS), leaf = block_new(&s->a, 300);
+    struct sh_ref round = node_new(&s->a, 2), back = node_new(&s->a, 2);
+    CHECK_OK(sh_root_set(&s->a, "chain", 5, &head, 1000));
+    block_drop(&s->a, &head);
+    s->x = node_new(&s->a, 2);
+    s->y = node_new(&s->a, 1);
+    s->kept = block_new(&s->a, 100000);
+    content_write(leaf.data, 0, 300, 7);
+    put_into(&s->a, &s->y, 0, &leaf);
+    store(&s->a, &round, 1, &s->kept);
+    store(&s->a, &round, 0, &back);
+    put_into(&s->a, &back, 0, &round);
+    block_drop(&s->a, &back);
+    return s;
+}
+
+static void collect_once(void *arg)
+{
+    collect(&((struct cycle *)arg)->lead);
+}
+
+/* What others do while nobody leads, in whatever phase they were left: y's leaf goes to x, with a
+ * node that is new, and the chain is cut and joined by one. */
+static void go_on(struct cycle *s)
+{
+    struct sh_ref leaf, head, next, fresh = node_new(&s->a, 2);
+    CHECK_OK(sh_node_load(&s->a, &s->y, 0, 1000, &leaf));
+    store(&s->a, &s->y, 0, NULL);
+    put_into(&s->a, &fresh, 1, &leaf);
+    CHECK_OK(sh_root_get(&s->a, "chain", 5, 1000, &head));
+    CHECK_OK(sh_node_load(&s->a, &head, 0, 1000, &next));
+    store(&s->a, &head, 0, &fresh);
+    put_into(&s->a, &fresh, 0, &next);
+    put_into(&s->a, &s->x, 0, &fresh);
+    block_drop(&s->a, &head);
+}
+
+static void nothing_was_lost(struct cycle *s)
+{
+    struct sh_ref at, next, leaf;
+    enum sh_status status;
+    uint32_t links = 1;
+    CHECK_OK(sh_root_get(&s->a, "chain", 5, 1000, &at));
+    while ((status = sh_node_load(&s->a, &at, 0, 1000, &next)) == SH_OK) {
+        links++;
+        block_drop(&s->a, &at);
+        at = next;
+    }
+    CHECK_IS(status, SH_ABSENT);
+    CHECK(links == LINKS + 1);
+    block_drop(&s->a, &at);
+    CHECK_OK(sh_node_load(&s->a, &s->x, 0, 1000, &at));
+    CHECK_OK(sh_node_load(&s->a, &at, 1, 1000, &leaf));
+    CHECK(content_is(leaf.data, 0, 300, 7));
+    block_drop(&s->a, &leaf);
+    block_drop(&s->a, &at);
+}
+
+/* True: it lived, so there are no further points of that name. */
+static bool die_in_a_cycle(const char *point, uint32_t n)
+{
+    struct cycle *s = cycle_new();
+    bool survived = child_survives(collect_once, s, point, n);
+    arena_die(&s->lead);
+    go_on(s);
+    arena_lead(&s->lead, s->fd); /* sweeps on, or starts again */
+    CHECK(sh_phase_of(atomic_load(&s->lead.hdr->phase)) == SH_IDLE);
+    nothing_was_lost(s);
+    must_be_sound(&s->a, 0);
+    collect(&s->lead);
+    collect(&s->lead);
+    must_be_sound(&s->a, EXACT_COUNTS); /* also of what the garbage had named */
+    CHECK(count_of(&s->kept) == 1);
+    CHECK(live_blocks(&s->a) == 2 * LINKS - 1 + 5); /* chain, x, y, kept, leaf, fresh */
+    nothing_was_lost(s);
+    arena_leave(&s->a);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+    return survived;
+}
+
+static void test_a_coordinator_dies_in_each_phase(void)
+{
+    static const char *const points[] = {"gc:phase",     "gc:marking",   "gc:traced",
+                                         "gc:sweeping",  "node:dying",   "node:settled",
+                                         "node:cleared", "node:unlisted"};
+    for (uint32_t p = 0; p < sizeof points / sizeof points[0]; p++) {
+        uint32_t n = 1;
+        while (!die_in_a_cycle(points[p], n))
+            CHECK(++n < 200);
+        CHECK(n > 1);                                       /* one died */
+        CHECK(strcmp(points[p], "gc:phase") != 0 || n > 5); /* IDLE, MARK, FINAL, SWEEP, IDLE */
+    }
+}
+
 int main(void)
 {
     static const struct test tests[] = {
@@ -364,6 +477,7 @@ int main(void)
         {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},
         {"counts_that_are_too_high_are_lowered", test_counts_that_are_too_high_are_lowered},
         {"a_death_at_each_point_of_a_nodes_death", test_a_death_at_each_point_of_a_nodes_death},
+        {"a_coordinator_dies_in_each_phase", test_a_coordinator_dies_in_each_phase},
     };
     return test_main("nodes", tests, sizeof tests / sizeof tests[0]);
 }
