@@ -188,8 +188,8 @@ def measure_waits(whole: Path, blocks: int, rounds: int) -> Result:
 
 def measure_barrier(whole: Path, without: Path, rounds: int) -> Result:
     """Let both builds take turns; `share`: how much longer the whole one takes."""
-    both = (coprocess([str(program), "stores"], None) for program in (whole, without))
-    cases = compare(STORES, *both, rounds)
+    ours, theirs = (coprocess([str(program), "stores"], None) for program in (whole, without))
+    cases = compare(STORES, ours, theirs, rounds)
     for case in cases.values():
         case["share"] = case["difference_ns"] / case["without_ns"]
     return cases
