@@ -73,6 +73,10 @@ class Config:
             everything idle is released at once, whatever its age, and only then refused.
         lease_grace_s: how long a pickled handle outlives the process that sent it. Thirty
             seconds: long enough for a pipe to be drained, short enough not to be a leak.
+        lease_max_s: a pickled handle that nobody unpickled for so long keeps its block no longer,
+            from the next collection on, although its sender lives; whoever unpickles it later gets
+            StaleHandle if nothing else kept the block. None: for as long as the sender lives, as
+            handles may wait in a file or a queue for any time.
         keep: the heap stays when its last user leaves, until it is unlinked.
         directory: where the heap's file is; None: /dev/shm. Any tmpfs will do, and nothing else.
         trace: print the scavenger's trace to the coordinator's stderr, as SHMHEAP_TRACE=1 does.
@@ -91,6 +95,7 @@ class Config:
     gc_percent: int = 100
     memory_limit: int | str | None = None
     lease_grace_s: float = 30.0
+    lease_max_s: float | None = None
     keep: bool = False
     directory: str | None = None
     trace: bool = False
@@ -102,6 +107,8 @@ class Config:
         self._set_seconds("forced_gc_s", at_least=SHORTEST_S)
         self._set_seconds("scavenge_after_s", at_least=SHORTEST_S)
         self._set_seconds("lease_grace_s", at_least=0.0)
+        if self.lease_max_s is not None:
+            self._set_seconds("lease_max_s", at_least=SHORTEST_S)
         _require("gc_percent", self.gc_percent, int)
         _require("keep", self.keep, bool)
         _require("trace", self.trace, bool)

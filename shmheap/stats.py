@@ -37,8 +37,8 @@ class HeapStats:
         num_gc: number of collections.
         num_forced_gc: number of them that were forced because none had run for long.
         pause_total_ns: sum of ``pause_ns`` over all collections.
-        pause_ns: for each of the last 256 collections, oldest first, the longest time that it
-            kept one process's lock.
+        pause_ns: for each of the last 256 collections, oldest first, the longest that it can have
+            kept a process waiting.
         leases: number of pickled handles on their way.
         oldest_lease_s: age of the oldest of them, seconds; 0 if there is none.
         capacity: size of the data area.
@@ -82,10 +82,12 @@ class GCReport:
             had run for ``Config.forced_gc_s``), "memory" (somebody met a limit).
         marked: number of blocks found in use.
         swept: number of blocks that nobody held any more.
-        freed_bytes: bytes of the blocks swept.
+        freed_bytes: bytes of the blocks swept: cycles, and what deaths had left.
         freed_dead_bytes: bytes freed since the collection before, because their holders had died.
-        freed_lease_bytes: the same, because the lease of a dead sender ran out.
-        pause_max_ns: the longest time that it kept one process's lock.
+        freed_lease_bytes: the same, because a lease ran out: that of a dead sender, or one older
+            than ``Config.lease_max_s``.
+        pause_max_ns: the longest that it can have kept a process waiting: by that process's lock,
+            or, if that unpickled a handle without a lease, by the end of marking.
         duration_ns: from its start to its end.
     """
 

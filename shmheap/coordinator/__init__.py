@@ -139,6 +139,12 @@ class Steward(Protocol):
             slot is FREE now. It is not only while younger leases remain.
         """
 
+    def expire_leases(self, cutoff_ns: int, /) -> tuple[int, int, int]:
+        """Drop every lease made before the cutoff (CLOCK_MONOTONIC ns), also of the living.
+
+        Not in the middle of a cycle. Return how many, bytes freed with them, pause.
+        """
+
     def users(self) -> int:
         """Return how many slots are LIVE or have leases."""
 

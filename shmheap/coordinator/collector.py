@@ -7,9 +7,10 @@
     stamp         date the pages that became idle: from now on they age (S4)
     end_cycle     set next_gc, record the cycle, phase IDLE
 
-Nobody is stopped: a step takes one process's lock at a time, and what it reports as a pause is the
-longest that one was kept. Reaping is done before, outside the cycle; pins of the dead who were
-found too late are roots like any other's.
+Nobody is stopped: a step takes one process's lock at a time. What it reports as a pause is the
+longest that one was kept, and of finish_mark how long FINAL lasted, in which who unpickles a handle
+without a lease waits. Reaping is done before, outside the cycle; pins of the dead who were found
+too late are roots like any other's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def collect(
     *,
     freed_dead_bytes: int = 0,
     freed_lease_bytes: int = 0,
+    pause_ns: int = 0,
 ) -> GCReport:
     """Run one cycle and return its report.
 
@@ -43,13 +45,14 @@ def collect(
         gc_percent: see `Config`.
         freed_dead_bytes: what reaping has freed since the cycle before, for the report.
         freed_lease_bytes: the same, of leases.
+        pause_ns: the longest that what was done for it before has kept a process waiting.
     """
     started_ns = clock.monotonic_ns()
     start_pause = steward.start_cycle()
     marked, mark_pause = steward.mark()
     marked_late, final_pause = steward.finish_mark()
-    swept, freed_bytes, pause_ns, cycle = _sweep_and_end(
-        steward, trigger, gc_percent, max(start_pause, mark_pause, final_pause)
+    swept, freed_bytes, pause_max_ns, cycle = _sweep_and_end(
+        steward, trigger, gc_percent, max(pause_ns, start_pause, mark_pause, final_pause)
     )
     return GCReport(
         cycle=cycle,
@@ -59,7 +62,7 @@ def collect(
         freed_bytes=freed_bytes,
         freed_dead_bytes=freed_dead_bytes,
         freed_lease_bytes=freed_lease_bytes,
-        pause_max_ns=pause_ns,
+        pause_max_ns=pause_max_ns,
         duration_ns=clock.monotonic_ns() - started_ns,
     )
 

@@ -256,6 +256,7 @@ class Coordinator:
     def _collect(self, plan: Plan) -> GCReport | None:
         if plan.collect is None:
             return None
+        expire_pause_ns = self._expire_leases()
         report = collect(
             self._steward,
             self._clock,
@@ -263,9 +264,26 @@ class Coordinator:
             self._config.gc_percent,
             freed_dead_bytes=self._dead_bytes,
             freed_lease_bytes=self._lease_bytes,
+            pause_ns=expire_pause_ns,
         )
         self._dead_bytes = self._lease_bytes = 0
         return report
+
+    def _expire_leases(self) -> int:
+        """End the leases that are older than any may be; return the pause."""
+        cutoff_ns = pacing.old_lease_cutoff_ns(self._clock.monotonic_ns(), self._config)
+        if cutoff_ns == 0:
+            return 0
+        leases, freed_bytes, pause_ns = self._steward.expire_leases(cutoff_ns)
+        self._lease_bytes += freed_bytes
+        if leases:
+            self._log.warning(
+                "%d pickled handles were not unpickled within %g s (lease_max_s): whoever does so "
+                "now may find the block gone",
+                leases,
+                self._config.lease_max_s,
+            )
+        return pause_ns
 
     def _scavenge(self, plan: Plan, held_bytes: int) -> ScavengeReport | None:
         if plan.release is None:

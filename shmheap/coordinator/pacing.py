@@ -193,6 +193,13 @@ def lease_cutoff_ns(died_ns: int, now_ns: int, config: Config) -> int:
     return now_ns if now_ns >= grace_ends_ns(died_ns, config) else 0
 
 
+def old_lease_cutoff_ns(now_ns: int, config: Config) -> int:
+    """Return before when a lease must have been made to end although its sender lives; 0: none."""
+    if config.lease_max_s is None:
+        return 0
+    return max(now_ns - _ns(config.lease_max_s), 0)
+
+
 def leases_pile_up(stats: HeapStats) -> bool:
     """Return whether pickled handles are made and never received."""
     return stats.leases >= MANY_LEASES and stats.oldest_lease_s >= OLD_LEASE_S

@@ -309,7 +309,7 @@ enum sh_status sh_begin(struct sh_ctx *c, uint32_t *phase)
 /* Reaping (rule 14): clear the pin or lease, then count down */
 
 /* False: it was a lease, and is taken meanwhile. */
-static bool drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen, uint64_t *bytes)
+static bool drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen)
 {
     struct sh_ref r;
     bool found = sh_locate(c, SH_CELL_WORD(seen), &r);
@@ -323,12 +323,18 @@ static bool drop_cell(struct sh_ctx *c, _Atomic uint64_t *cell, uint64_t seen, u
     SH_CRASH("reap:seen");
     if (!atomic_compare_exchange_strong(cell, &seen, 0))
         return false;
-    if (!found || sh_count_down(c, &r, phase) != SH_FREED)
-        return true;
-    *bytes += r.nbytes;
-    if (c->ndeferred >= BATCH)
-        sh_give_all(c);
+    if (found)
+        sh_count_down(c, &r, phase);
     return true;
+}
+
+/* The bytes freed since *before, with all that hung on what was dropped. */
+static uint64_t freed_since(struct sh_ctx *c, uint64_t *before)
+{
+    bury(c, 0, sh_phase(c));
+    uint64_t now = atomic_load(&c->slot->freed_bytes), bytes = now - *before;
+    *before = now;
+    return bytes;
 }
 
 static enum sh_status free_cells(struct sh_ctx *c, uint32_t page, uint64_t span)
@@ -343,15 +349,17 @@ static enum sh_status reap_pins(struct sh_ctx *c, uint32_t page, uint64_t span, 
     for (uint32_t i = 0; i < c->kinds[SH_KIND_PINS].nblocks; i++) {
         uint64_t cell = atomic_load_explicit(&cells[i], ACQ);
         if (cell != 0)
-            r->pins += drop_cell(c, &cells[i], cell, &r->pin_bytes);
+            r->pins += drop_cell(c, &cells[i], cell);
     }
     return free_cells(c, page, span);
 }
 
-static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span,
-                                  uint64_t cutoff_ns, struct sh_reaped *r)
+/* Drops the leases of a page that were made before the cutoff. True: younger ones are left. */
+static bool drop_leases(struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t cutoff_ns,
+                        uint64_t *dropped)
 {
     struct sh_lease *leases = (struct sh_lease *)sh_data(c, page);
+    struct sh_slot *s = sh_slot(c, SH_SPAN_SLOT(span));
     bool left = false;
     for (uint32_t i = 0; i < c->kinds[SH_KIND_LEASES].nblocks; i++) {
         uint64_t cell = atomic_load_explicit(&leases[i].cell, ACQ);
@@ -361,23 +369,60 @@ static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span
             left = true;
             continue;
         }
-        if (!drop_cell(c, &leases[i].cell, cell, &r->lease_bytes))
+        if (!drop_cell(c, &leases[i].cell, cell))
             continue; /* and counted by who took it */
-        r->leases++;
-        sh_add(&sh_slot(c, SH_SPAN_SLOT(span))->leases, SH_LEASE_TAKEN);
+        ++*dropped;
+        atomic_store_explicit(&s->leases_taken, 1, REL);
+        sh_add(&s->leases, SH_LEASE_TAKEN);
     }
+    return left;
+}
+
+static enum sh_status reap_leases(struct sh_ctx *c, uint32_t page, uint64_t span,
+                                  uint64_t cutoff_ns, struct sh_reaped *r)
+{
+    bool left = drop_leases(c, page, span, cutoff_ns, &r->leases);
     r->done = r->done && !left;
     return left ? SH_OK : free_cells(c, page, span);
+}
+
+/* Drops the leases of the living, too, that were made before the cutoff (CLOCK_MONOTONIC ns): who
+ * comes with one later finds its block gone. Not while marks are in use. Cost: a walk over the span
+ * records; a process's lock is kept for a page of its leases. */
+enum sh_status sh_expire_leases(struct sh_ctx *c, uint64_t cutoff_ns, uint64_t *dropped,
+                                uint64_t *bytes)
+{
+    struct sh_walk walk = {0};
+    uint32_t page;
+    uint64_t span, freed = atomic_load(&c->slot->freed_bytes);
+    enum sh_status status;
+    c->longest_ns = *dropped = *bytes = 0;
+    while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
+        if (SH_SPAN_STATE(span) != SH_LEASES || !sh_hold_small(c, page, &span))
+            continue;
+        drop_leases(c, page, span, cutoff_ns, dropped);
+        sh_let_owner(c, span);
+        *bytes += freed_since(c, &freed);
+    }
+    return status == SH_ABSENT ? sh_give_all(c) : status;
 }
 
 static enum sh_status reap_span(struct sh_ctx *c, uint32_t page, uint64_t span, bool cells,
                                 uint64_t cutoff_ns, struct sh_reaped *r)
 {
+    uint64_t freed = atomic_load(&c->slot->freed_bytes);
+    enum sh_status status = SH_OK;
     switch (SH_SPAN_STATE(span)) {
     case SH_PINS:
-        return cells ? reap_pins(c, page, span, r) : SH_OK;
+        if (cells)
+            status = reap_pins(c, page, span, r);
+        r->pin_bytes += freed_since(c, &freed);
+        return status;
     case SH_LEASES:
-        return cells ? reap_leases(c, page, span, cutoff_ns, r) : SH_OK;
+        if (cells)
+            status = reap_leases(c, page, span, cutoff_ns, r);
+        r->lease_bytes += freed_since(c, &freed);
+        return status;
     case SH_SMALL:
         r->spans += !cells;
         return cells ? SH_OK : end_small(c, page, span);
@@ -449,10 +494,11 @@ enum sh_status sh_reap(struct sh_ctx *c, uint32_t slot, uint64_t lease_cutoff_ns
     if (atomic_load(&s->ended_ns) == 0)
         atomic_store(&s->ended_ns, sh_os_now_ns());
     enum sh_status status = set_state(c, s, SH_SLOT_DEAD);
+    uint64_t freed = atomic_load(&c->slot->freed_bytes);
+    bury(c, slot, sh_phase(c)); /* its lock is nobody's any more */
+    r->pin_bytes += freed_since(c, &freed);
     if (status == SH_OK)
         status = reap_pass(c, owner, true, lease_cutoff_ns, r);
-    bury(c, slot, sh_phase(c)); /* its lock is nobody's any more */
-    bury(c, 0, sh_phase(c));
     SH_CRASH("reap:cells");
     if (status == SH_OK)
         status = sh_handshake(c, -1); /* before anything of it is punched */

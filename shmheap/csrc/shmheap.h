@@ -105,7 +105,7 @@ struct sh_ctx {
     /* coordinator: somebody died since they were put right */
     bool recount_blocks, recount_units, recount_leases, recount_holders;
     struct sh_trace *trace; /* coordinator: from marking to the end of the sweep */
-    uint64_t longest_ns;    /* longest hold of a process lock by the coordinator since reset */
+    uint64_t longest_ns;    /* longest that the coordinator let anybody wait since reset */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;                  /* SH_UNTRUSTED: what is wrong */
     struct sh_ctx *child;             /* between the hooks of a fork */
@@ -275,6 +275,8 @@ struct sh_reaped {
 enum sh_status sh_begin(struct sh_ctx *, uint32_t *phase);
 enum sh_status sh_reap(struct sh_ctx *, uint32_t slot, uint64_t lease_cutoff_ns,
                        struct sh_reaped *);
+enum sh_status sh_expire_leases(struct sh_ctx *, uint64_t cutoff_ns, uint64_t *dropped,
+                                uint64_t *bytes);
 uint32_t sh_users(struct sh_ctx *);
 enum sh_status sh_try_close(struct sh_ctx *, bool *closed);
 uint32_t sh_refuse_waiters(struct sh_ctx *);

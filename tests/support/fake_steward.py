@@ -242,6 +242,19 @@ class FakeSteward:
         process.state = DEAD if process.leases else FREE
         return len(pins), len(old), 0, dead_bytes, lease_bytes, process.state == FREE
 
+    def expire_leases(self, cutoff_ns: int, /) -> tuple[int, int, int]:
+        assert self.phase == IDLE or self.stuck, "leases end outside a cycle"
+        self._call("expire")
+        old = [
+            (process, lease)
+            for process in self.processes
+            for lease in process.leases
+            if lease[1] < cutoff_ns
+        ]
+        for process, lease in old:
+            process.leases.remove(lease)
+        return len(old), sum(self._free_unless_held(block) for _, (block, _) in old), 7
+
     def users(self) -> int:
         return sum(process.state == LIVE or bool(process.leases) for process in self.processes)
 

@@ -7,6 +7,7 @@ import gc
 import itertools
 import pickle
 import re
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -445,6 +446,27 @@ def test_a_lease_by_hand(hand: HeapByHand) -> None:
     taken.free()
     with pytest.raises(StaleHandle):
         lease.take()
+
+
+def test_leases_of_a_living_sender_can_be_ended(hand: HeapByHand) -> None:
+    kept = hand.heap.put(b"kept")
+    data = [pickle.dumps(hand.heap.put(bytes(100))) for _ in range(1500)]  # some pages of leases
+    old = pickle.dumps(kept)
+    taken = pickle.loads(data.pop())
+    cutoff_ns = time.monotonic_ns()
+    young = pickle.dumps(hand.heap.put(b"young"))
+    leases, nbytes, _ = hand.steward.expire_leases(cutoff_ns)
+    assert (leases, nbytes) == (1500, 1499 * 100)
+    assert (hand.stats.leases, hand.stats.heap_objects) == (1, 3)
+    for gone in data[::100]:
+        with pytest.raises(StaleHandle):
+            pickle.loads(gone)
+    assert bytes(pickle.loads(old)) == b"kept", "it was kept by somebody else"
+    assert bytes(pickle.loads(young)) == b"young"
+    assert bytes(taken) == bytes(100)
+    again = [pickle.dumps(kept) for _ in range(1500)]  # in the cells that were cleared
+    assert [bytes(pickle.loads(one)) for one in again] == [b"kept"] * 1500
+    assert hand.stats.leases == 0
 
 
 def test_a_released_lease_lets_the_block_go(hand: HeapByHand) -> None:

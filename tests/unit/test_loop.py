@@ -495,6 +495,28 @@ def test_a_living_sender_s_leases_never_expire() -> None:
     assert world.heap.blocks == {block}
 
 
+def test_a_lease_that_is_too_old_ends_at_the_next_collection() -> None:
+    world = World(Config(lease_max_s=60, forced_gc_s=1000))
+    sender = world.heap.attach()
+    old, young = world.heap.alloc(sender, 2), world.heap.alloc(sender)
+    world.heap.lease(sender, old)
+    world.heap.drop(sender, old)
+    world.run_for(61)
+    world.heap.lease(sender, young)
+    assert len(sender.leases) == 2  # no collection has run
+    world.heap.ask(ASK_GC)
+    world.turn()
+    assert [block for block, _ in sender.leases] == [young]
+    assert world.heap.blocks == {young}
+    [report] = gc_reports(world)
+    assert (report.freed_lease_bytes, report.freed_bytes) == (2 * UNIT, 0)
+    assert steps(world)[-2:] == ["start_cycle", "sweep"]
+    assert world.messages(logging.WARNING) == [
+        "1 pickled handles were not unpickled within 60 s (lease_max_s): whoever does so now may "
+        "find the block gone"
+    ]
+
+
 def test_leases_that_pile_up_are_told_once() -> None:
     world = World()
     world.heap.attach()

@@ -165,6 +165,12 @@ def test_grace_of_nothing_ends_at_once() -> None:
     assert pacing.lease_cutoff_ns(5, 5, Config(lease_grace_s=0)) == 5
 
 
+def test_leases_of_the_living_end_only_if_that_was_said() -> None:
+    assert pacing.old_lease_cutoff_ns(1000 * S, Config()) == 0
+    assert pacing.old_lease_cutoff_ns(1000 * S, Config(lease_max_s=60)) == 940 * S
+    assert pacing.old_lease_cutoff_ns(1000 * S, Config(lease_max_s=2000)) == 0
+
+
 @pytest.mark.parametrize(
     ("leases", "oldest_lease_s", "pile"),
     [(9_999, 1e6, False), (10_000, 59.0, False), (10_000, 60.0, True)],

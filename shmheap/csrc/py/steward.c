@@ -130,6 +130,23 @@ static PyObject *steward_reap(Heap *self, PyObject *args)
                          (unsigned long long)r.lease_bytes, PyBool_FromLong(r.done));
 }
 
+static PyObject *pause_of(struct sh_ctx *c)
+{
+    return PyLong_FromUnsignedLongLong(c->longest_ns);
+}
+
+static PyObject *steward_expire_leases(Heap *self, PyObject *args)
+{
+    struct sh_ctx *c = steward_ctx(self);
+    unsigned long long cutoff;
+    uint64_t dropped, bytes;
+    if (c == NULL || !PyArg_ParseTuple(args, "K:expire_leases", &cutoff))
+        return NULL;
+    STEWARD(sh_expire_leases(c, cutoff, &dropped, &bytes));
+    return Py_BuildValue("(KKN)", (unsigned long long)dropped, (unsigned long long)bytes,
+                         pause_of(c));
+}
+
 static PyObject *steward_users(Heap *self, PyObject *unused)
 {
     (void)unused;
@@ -206,11 +223,6 @@ static PyObject *steward_finish(Heap *self, PyObject *args)
     atomic_store(&line->done, ticket);
     sh_os_wake(&line->done);
     Py_RETURN_NONE;
-}
-
-static PyObject *pause_of(struct sh_ctx *c)
-{
-    return PyLong_FromUnsignedLongLong(c->longest_ns);
 }
 
 static PyObject *steward_start_cycle(Heap *self, PyObject *unused)
@@ -350,6 +362,7 @@ static PyMethodDef steward_methods[] = {
     {"slots", (PyCFunction)steward_slots, METH_NOARGS, NULL},
     {"alive", (PyCFunction)steward_alive, METH_VARARGS, NULL},
     {"reap", (PyCFunction)steward_reap, METH_VARARGS, NULL},
+    {"expire_leases", (PyCFunction)steward_expire_leases, METH_VARARGS, NULL},
     {"users", (PyCFunction)steward_users, METH_NOARGS, NULL},
     {"try_close", (PyCFunction)steward_try_close, METH_NOARGS, NULL},
     {"refuse_waiters", (PyCFunction)steward_refuse_waiters, METH_NOARGS, NULL},
