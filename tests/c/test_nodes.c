@@ -187,6 +187,56 @@ static void test_the_dead_leave_a_death_half_done(void)
     stage_end(s);
 }
 
+/* What is freed with the dead is counted whole, by what held it. */
+static void test_reports_say_what_went_with_the_dead(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref held = node_new(&s->a, 2), sent = node_new(&s->a, 1), half = node_new(&s->a, 300);
+    struct sh_ref leaf = block_new(&s->a, 1000), large = block_new(&s->a, 200000);
+    struct sh_reaped r;
+    put_into(&s->a, &held, 0, &leaf);
+    put_into(&s->a, &sent, 0, &large);
+    handle_lease(&s->a, &sent);
+    block_drop(&s->a, &sent);
+    for (uint32_t i = 0; i < 300; i++) {
+        leaf = block_new(&s->a, 16);
+        put_into(&s->a, &half, i, &leaf);
+    }
+    uint64_t half_bytes = half.nbytes;
+    CHECK_IS(sh_unpin(&s->a, &half, 0), SH_DEFERRED); /* it dies in the middle of that */
+    half_bytes -= atomic_load(&s->a.slot->freed_bytes);
+    uint32_t slot = s->a.slot_index;
+    arena_die(&s->a);
+    CHECK_OK(sh_reap(&s->lead, slot, 0, &r));
+    CHECK(!r.done && r.lease_bytes == 0);
+    CHECK(r.pin_bytes == held.nbytes + 1000 + half_bytes + 300 * 16);
+    CHECK_OK(sh_reap(&s->lead, slot, UINT64_MAX, &r));
+    CHECK(r.done && r.pin_bytes == 0 && r.lease_bytes == 24 + 200000);
+    stage_end(s);
+}
+
+/* A lease ends although its sender lives: who comes late, comes too late; its cell is used again.
+ */
+static void test_a_lease_ends_with_its_time(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref sent = node_new(&s->a, 1), large = block_new(&s->a, 200000), got;
+    uint64_t dropped, bytes;
+    put_into(&s->a, &sent, 0, &large);
+    struct handle old = handle_lease(&s->a, &sent), taken = handle_lease(&s->a, &sent);
+    CHECK_OK(handle_open(&s->b, &taken, &got));
+    block_drop(&s->a, &sent);
+    block_drop(&s->b, &got);
+    CHECK(count_of(&sent) == 1);
+    CHECK_OK(sh_expire_leases(&s->lead, 0, &dropped, &bytes)); /* it is younger */
+    CHECK(dropped == 0 && bytes == 0);
+    CHECK_OK(sh_expire_leases(&s->lead, UINT64_MAX, &dropped, &bytes));
+    CHECK(dropped == 1 && bytes == 24 + 200000);
+    CHECK_IS(handle_open(&s->b, &old, &got), SH_STALE);
+    CHECK(sh_leases(s->a.slot) == 0);
+    stage_end(s);
+}
+
 /* Collection */
 
 static void test_cycles_are_collected(void)
@@ -471,6 +521,8 @@ int main(void)
         {"a_reference_to_a_freed_block_is_stale", test_a_reference_to_a_freed_block_is_stale},
         {"long_chains_die", test_long_chains_die},
         {"the_dead_leave_a_death_half_done", test_the_dead_leave_a_death_half_done},
+        {"reports_say_what_went_with_the_dead", test_reports_say_what_went_with_the_dead},
+        {"a_lease_ends_with_its_time", test_a_lease_ends_with_its_time},
         {"cycles_are_collected", test_cycles_are_collected},
         {"garbage_lets_go", test_garbage_lets_go},
         {"marking_follows_references", test_marking_follows_references},
