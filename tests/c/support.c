@@ -236,6 +236,24 @@ void block_drop(struct sh_ctx *c, struct sh_ref *r)
     CHECK_OK(status);
 }
 
+struct sh_ref node_new(struct sh_ctx *c, uint32_t nrefs)
+{
+    struct sh_ref r;
+    enum sh_status status;
+    while ((status = sh_node_new(c, SH_NODE_PLAIN, nrefs, 0, 1000, &r)) == SH_BUSY) {
+    }
+    CHECK_OK(status);
+    return r;
+}
+
+void node_store(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, const struct sh_ref *r)
+{
+    enum sh_status status = sh_node_store(c, node, i, r, 1000);
+    while (status == SH_DEFERRED || status == SH_BUSY)
+        status = sh_flush(c, 1000);
+    CHECK_OK(status);
+}
+
 enum sh_status block_adopt(struct sh_ctx *c, uint64_t off, uint64_t gen, struct sh_ref *r)
 {
     struct handle h = {off, gen, 0, 0};

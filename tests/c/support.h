@@ -58,6 +58,9 @@ struct sh_ref block_new(struct sh_ctx *, uint64_t nbytes);
 void block_drop(struct sh_ctx *, struct sh_ref *);
 enum sh_status block_adopt(struct sh_ctx *, uint64_t off, uint64_t gen, struct sh_ref *);
 
+struct sh_ref node_new(struct sh_ctx *, uint32_t nrefs);
+void node_store(struct sh_ctx *, const struct sh_ref *node, uint32_t i, const struct sh_ref *);
+
 /* What a block's bytes from `from` on ought to be. Of long blocks the ends and some in between, at
  * least one of each OS page. */
 void content_write(uint8_t *data, uint64_t from, uint64_t nbytes, uint64_t seed);

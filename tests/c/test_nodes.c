@@ -43,24 +43,6 @@ static void stage_end(struct stage *s)
     free(s);
 }
 
-static struct sh_ref node_new(struct sh_ctx *c, uint32_t nrefs)
-{
-    struct sh_ref r;
-    enum sh_status status;
-    while ((status = sh_node_new(c, SH_NODE_PLAIN, nrefs, 0, 1000, &r)) == SH_BUSY) {
-    }
-    CHECK_OK(status);
-    return r;
-}
-
-static void store(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, const struct sh_ref *r)
-{
-    enum sh_status status = sh_node_store(c, node, i, r, 1000);
-    while (status == SH_DEFERRED || status == SH_BUSY)
-        status = sh_flush(c, 1000);
-    CHECK_OK(status);
-}
-
 /* Another process's hold on a block. */
 static struct sh_ref shared(struct sh_ctx *c, const struct sh_ctx *of, const struct sh_ref *r)
 {
@@ -73,7 +55,7 @@ static struct sh_ref shared(struct sh_ctx *c, const struct sh_ctx *of, const str
 /* Into a node, and nowhere else. */
 static void put_into(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, struct sh_ref *r)
 {
-    store(c, node, i, r);
+    node_store(c, node, i, r);
     block_drop(c, r);
 }
 
@@ -87,14 +69,14 @@ static void test_store_and_load(void)
     struct stage *s = stage_new(8 << 20);
     struct sh_ref n = node_new(&s->a, 3), leaf = block_new(&s->a, 100), got;
     CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
-    store(&s->a, &n, 0, &leaf);
-    store(&s->a, &n, 2, &leaf);
+    node_store(&s->a, &n, 0, &leaf);
+    node_store(&s->a, &n, 2, &leaf);
     CHECK(count_of(&leaf) == 3);
     CHECK_OK(sh_node_load(&s->a, &n, 2, 1000, &got));
     CHECK(got.data == leaf.data && got.gen == leaf.gen && got.nbytes == 100);
     block_drop(&s->a, &got);
     must_be_sound(&s->a, EXACT_COUNTS);
-    store(&s->a, &n, 0, NULL);
+    node_store(&s->a, &n, 0, NULL);
     block_drop(&s->a, &leaf);
     CHECK_OK(sh_node_load(&s->a, &n, 2, 1000, &got)); /* the node keeps it */
     block_drop(&s->a, &got);
@@ -169,7 +151,7 @@ static void test_the_dead_leave_a_death_half_done(void)
     struct sh_ref of_a = shared(&s->a, &s->b, &kept);
     for (uint32_t i = 0; i < n; i++) {
         struct sh_ref leaf = i % 2 ? of_a : block_new(&s->a, 48);
-        store(&s->a, &wide, i, &leaf);
+        node_store(&s->a, &wide, i, &leaf);
         if (i % 2 == 0)
             block_drop(&s->a, &leaf);
     }
@@ -244,9 +226,9 @@ static void test_cycles_are_collected(void)
     struct stage *s = stage_new(8 << 20);
     struct sh_ref x = node_new(&s->a, 2), y = node_new(&s->a, 2), self = node_new(&s->a, 1);
     struct sh_ref leaf = block_new(&s->a, 1000), y_of_b = shared(&s->b, &s->a, &y);
-    store(&s->a, &x, 0, &y);
-    store(&s->a, &y, 0, &x);
-    store(&s->a, &self, 0, &self);
+    node_store(&s->a, &x, 0, &y);
+    node_store(&s->a, &y, 0, &x);
+    node_store(&s->a, &self, 0, &self);
     put_into(&s->a, &y, 1, &leaf);
     CHECK(collect(&s->lead) == 0);
     block_drop(&s->a, &x);
@@ -265,9 +247,9 @@ static void test_garbage_lets_go(void)
 {
     struct stage *s = stage_new(8 << 20);
     struct sh_ref x = node_new(&s->a, 4), kept = block_new(&s->a, 3000);
-    store(&s->a, &x, 0, &x);
-    store(&s->a, &x, 1, &kept);
-    store(&s->a, &x, 3, &kept);
+    node_store(&s->a, &x, 0, &x);
+    node_store(&s->a, &x, 1, &kept);
+    node_store(&s->a, &x, 3, &kept);
     block_drop(&s->a, &x);
     CHECK(count_of(&kept) == 3);
     CHECK(collect(&s->lead) == 1);
@@ -283,8 +265,8 @@ static void test_marking_follows_references(void)
     struct stage *s = stage_new(64 << 20);
     struct sh_ref head = chain_new(&s->a, 5000), got, lost = node_new(&s->a, 1);
     CHECK_OK(sh_root_set(&s->a, "chain", 5, &head, 1000));
-    store(&s->a, &lost, 0, &lost);
-    store(&s->a, &lost, 0, &lost);
+    node_store(&s->a, &lost, 0, &lost);
+    node_store(&s->a, &lost, 0, &lost);
     block_drop(&s->a, &head);
     block_drop(&s->a, &lost);
     CHECK(collect(&s->lead) == 1);
@@ -311,7 +293,7 @@ static void test_a_reference_that_is_moved_while_marking(void)
     struct sh_ref fresh = node_new(&s->a, 1), got; /* made after the marking: touched */
     CHECK_OK(sh_node_load(&s->a, &y, 0, 1000, &got));
     put_into(&s->a, &fresh, 0, &got);
-    store(&s->a, &y, 0, NULL);
+    node_store(&s->a, &y, 0, NULL);
     put_into(&s->a, &x, 0, &fresh); /* x is black already */
     CHECK_OK(sh_finish_mark(&s->lead, &late));
     CHECK_OK(sh_sweep(&s->lead, &swept, &bytes));
@@ -331,7 +313,7 @@ static void test_counts_that_are_too_high_are_lowered(void)
 {
     struct stage *s = stage_new(8 << 20);
     struct sh_ref n = node_new(&s->a, 2), leaf = block_new(&s->a, 64);
-    store(&s->a, &n, 0, &leaf);
+    node_store(&s->a, &n, 0, &leaf);
     CHECK(sh_count_up(leaf.word, leaf.gen, s->b.slot->phase)); /* and dies before its pin */
     CHECK(sh_count_up(n.word, n.gen, s->b.slot->phase));
     arena_die(&s->b);
@@ -359,8 +341,8 @@ static void drop_a_tree(void *arg)
     struct scene *s = arg;
     struct sh_ref n = node_new(&s->c, 3), m = node_new(&s->c, 2);
     struct sh_ref leaf = shared(&s->c, &s->witness, &s->leaf);
-    store(&s->c, &n, 0, &leaf);
-    store(&s->c, &m, 1, &leaf);
+    node_store(&s->c, &n, 0, &leaf);
+    node_store(&s->c, &m, 1, &leaf);
     block_drop(&s->c, &leaf);
     put_into(&s->c, &n, 2, &m);
     block_drop(&s->c, &n);

@@ -379,6 +379,117 @@ static void have_one_in_mark(struct scene *s)
     lead_for_a_moment(s, begin_marking);
 }
 
+/* Users: nodes. What is behind the name "node" is the witness's: a leaf, nothing, and a tree. */
+
+#define WIDE 600u /* references: more than two slices of a death */
+
+static void put_into(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, struct sh_ref r)
+{
+    node_store(c, node, i, &r);
+    block_drop(c, &r);
+}
+/* A node that holds a node, which holds what is given, and two leaves, small and large. */
+static struct sh_ref tree(struct sh_ctx *c, const struct sh_ref *shared)
+{
+    struct sh_ref top = node_new(c, 2), low = node_new(c, 3);
+    if (shared != NULL)
+        node_store(c, &low, 1, shared);
+    put_into(c, &low, 2, filled(c, 40000, 98));
+    put_into(c, &top, 0, filled(c, 300, 97));
+    put_into(c, &top, 1, low);
+    return top;
+}
+static void name_node(struct scene *s)
+{
+    struct sh_ref n = node_new(W, 3);
+    put_into(W, &n, 0, filled(W, 300, 95));
+    put_into(W, &n, 2, tree(W, NULL));
+    CHECK_OK(sh_root_set(W, "node", 4, &n, 1000));
+    block_drop(W, &n);
+}
+static struct sh_ref named_leaf(struct sh_ctx *c)
+{
+    struct sh_ref n, leaf;
+    CHECK_OK(sh_root_get(c, "node", 4, 1000, &n));
+    CHECK_OK(sh_node_load(c, &n, 0, 1000, &leaf));
+    block_drop(c, &n);
+    return leaf;
+}
+/* Most of its references lead to one block, which others hold, too. */
+static struct sh_ref wide(struct sh_ctx *c)
+{
+    struct sh_ref n = node_new(c, WIDE), leaf = named_leaf(c);
+    for (uint32_t i = 0; i < WIDE; i++) {
+        if (i % 4 == 0)
+            put_into(c, &n, i, filled(c, 16, 99));
+        else
+            node_store(c, &n, i, &leaf);
+    }
+    block_drop(c, &leaf);
+    return n;
+}
+static void have_node_freed(struct scene *s)
+{
+    s->other = node_new(V, 5);
+    have_small(s);
+    s->mine = node_new(V, 5);
+    block_drop(V, &s->other);
+}
+static void have_node(struct scene *s)
+{
+    CHECK_OK(sh_root_get(V, "node", 4, 1000, &s->mine));
+    s->other = filled(V, 200, 91);
+}
+static void have_tree(struct scene *s)
+{
+    struct sh_ref leaf = named_leaf(V);
+    s->mine = tree(V, &leaf);
+    block_drop(V, &leaf);
+}
+static void have_wide(struct scene *s)
+{
+    s->mine = wide(V);
+}
+static void have_node_in_mark(struct scene *s)
+{
+    have_node(s);
+    lead_for_a_moment(s, begin_marking);
+}
+static void have_tree_in_mark(struct scene *s)
+{
+    have_tree(s);
+    lead_for_a_moment(s, begin_marking);
+}
+static void have_tree_in_sweep(struct scene *s)
+{
+    have_tree(s);
+    lead_for_a_moment(s, begin_sweeping);
+}
+static void new_node(struct scene *s)
+{
+    may_be_full(sh_node_new(V, SH_NODE_PLAIN, 5, 0, 1000, &s->other));
+}
+static void new_large_node(struct scene *s)
+{
+    may_be_full(sh_node_new(V, SH_NODE_PLAIN, 9000, 0, 1000, &s->other));
+}
+static void load(struct scene *s)
+{
+    CHECK_OK(sh_node_load(V, &s->mine, 2, 1000, &s->other));
+}
+static void store(struct scene *s)
+{
+    CHECK_OK(sh_node_store(V, &s->mine, 1, &s->other, 1000));
+}
+static void replace_tree(struct scene *s)
+{
+    may_be_full(sh_node_store(V, &s->mine, 2, &s->other, 1000));
+}
+static void drop_a_slice(struct scene *s)
+{
+    CHECK_IS(sh_unpin(V, &s->mine, 1000), SH_DEFERRED);
+}
+
 /* Coordinators */
 
 /* Blocks that nobody holds, as a death between count and holder leaves them; idle runs and holes.
@@ -454,6 +565,60 @@ static void leave_in_sweep(struct scene *s)
     leave_garbage(s);
     lead_for_a_moment(s, begin_sweeping);
 }
+/* A process that dies in the middle of a node's death. */
+static void leave_dying(struct scene *s)
+{
+    struct sh_ctx dead;
+    name_node(s);
+    arena_join(&dead, s->fd);
+    s->dead_slot = dead.slot_index;
+    struct sh_ref n = wide(&dead), leaf = named_leaf(&dead);
+    put_into(&dead, &n, 0, tree(&dead, &leaf));
+    CHECK_IS(sh_unpin(&dead, &n, 1000), SH_DEFERRED);
+    arena_die(&dead);
+}
+/* Garbage: nodes in a circle, which hold leaves and a tree, and a block that others hold. */
+static void leave_circle(struct scene *s)
+{
+    name_node(s);
+    struct sh_ref x = node_new(W, 4), y = node_new(W, 3), leaf = named_leaf(W);
+    node_store(W, &x, 0, &y);
+    node_store(W, &y, 0, &x);
+    node_store(W, &x, 1, &x);
+    put_into(W, &x, 3, tree(W, &leaf));
+    put_into(W, &y, 2, filled(W, 700, 96));
+    node_store(W, &y, 1, &leaf);
+    block_drop(W, &leaf);
+    block_drop(W, &x);
+    block_drop(W, &y);
+}
+/* The coordinator before was killed while it worked off garbage. */
+static void leave_garbage_dying(struct scene *s)
+{
+    struct sh_ctx dead;
+    name_node(s);
+    struct sh_ref n = wide(W);
+    CHECK(sh_count_up(n.word, n.gen, SH_IDLE));
+    block_drop(W, &n);
+    uint64_t w = atomic_load(n.word);
+    CHECK_OK(sh_map(&dead, dup(s->fd), true));
+    CHECK_OK(sh_attach_coordinator(&dead, 1000));
+    while (!sh_end_life(&dead, &n, &w)) {
+    }
+    CHECK(sh_bury(&dead, 0, WIDE / 3, SH_IDLE));
+    arena_die(&dead);
+}
+static void leave_counts(struct scene *s)
+{
+    struct sh_ref n, leaf;
+    name_node(s);
+    CHECK_OK(sh_root_get(W, "node", 4, 1000, &n));
+    leaf = named_leaf(W);
+    for (uint32_t i = 0; i < 3; i++)
+        CHECK(sh_count_up(i == 0 ? n.word : leaf.word, i == 0 ? n.gen : leaf.gen, SH_IDLE));
+    block_drop(W, &leaf);
+    block_drop(W, &n);
+}
 static void let_witness_wait(struct scene *s)
 {
     sh_waiting(W, true);
@@ -505,6 +670,12 @@ static void sweep(struct scene *s)
 {
     uint64_t blocks, bytes;
     CHECK_OK(sh_sweep(V, &blocks, &bytes));
+}
+/* As a coordinator does that has reaped somebody. */
+static void be_in_sweep_with_counts(struct scene *s)
+{
+    V->recount_holders = true;
+    begin_sweeping(V);
 }
 static void be_swept(struct scene *s)
 {
@@ -563,18 +734,34 @@ const struct op ops[] = {
     {"free-in-sweep", 0, leave_garbage, have_two_in_sweep, drop_mine},
     {"root-replace-in-mark", 0, name_handle, have_one_in_mark, set_root},
     {"lease-take-in-sweep", TAKES_LEASE, lease_and_forget, have_two_in_sweep, open_taken},
+    {"node-new", 0, NULL, have_node_freed, new_node},
+    {"node-new-large", 0, NULL, have_small, new_large_node},
+    {"node-load", 0, name_node, have_node, load},
+    {"node-store", 0, name_node, have_node, store},
+    {"node-replace", 0, name_node, have_node, replace_tree},
+    {"node-drop", 0, name_node, have_tree, drop_mine},
+    {"node-drop-slice", 0, name_node, have_wide, drop_a_slice},
+    {"node-store-in-mark", 0, name_node, have_node_in_mark, store},
+    {"node-replace-in-mark", 0, name_node, have_node_in_mark, replace_tree},
+    {"node-drop-in-mark", 0, name_node, have_tree_in_mark, drop_mine},
+    {"node-drop-in-sweep", 0, name_node, have_tree_in_sweep, drop_mine},
     {"reap", LEADS, leave_dead, NULL, reap},
     {"reap-but-leases", LEADS, leave_dead, NULL, reap_but_leases},
+    {"reap-dying", LEADS, leave_dying, NULL, reap},
     {"lease-expire", LEADS, leave_lease_of_dead, NULL, reap},
     {"cycle-start", LEADS, leave_garbage, NULL, start_cycle},
     {"mark", LEADS, leave_garbage, be_in_mark, mark},
+    {"mark-graph", LEADS, leave_circle, start_cycle, mark},
     {"mark-finish", LEADS, leave_garbage, be_in_mark, finish_mark},
     {"sweep", LEADS, leave_garbage, be_in_sweep, sweep},
+    {"sweep-circle", LEADS, leave_circle, be_in_sweep, sweep},
+    {"lower-counts", LEADS, leave_counts, be_in_sweep_with_counts, sweep},
     {"cycle-end", LEADS, leave_garbage, be_swept, end_cycle},
     {"stamp", LEADS, leave_idle, NULL, stamp},
     {"release", LEADS, leave_idle, NULL, release},
     {"refuse-waiters", LEADS, let_witness_wait, NULL, refuse},
     {"takeover", LEADS | COMES, leave_half_released, NULL, take_over},
     {"takeover-in-sweep", LEADS | COMES, leave_in_sweep, NULL, take_over},
+    {"takeover-dying", LEADS | COMES, leave_garbage_dying, NULL, take_over},
 };
 const size_t nops = sizeof ops / sizeof ops[0];
