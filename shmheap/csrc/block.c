@@ -403,7 +403,7 @@ static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, 
         return SH_STALE;
     if (p == SH_FINAL)
         return SH_AGAIN;
-    if (p == SH_SWEEP && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) != sh_touch_of(phase))
+    if (p == SH_SWEEP && sh_is_condemned(w, phase))
         return SH_STALE;
     return sh_count_up(r->word, r->gen, phase) ? SH_OK : SH_STALE;
 }

@@ -311,11 +311,22 @@ static bool is_node(uint64_t w, uint64_t gen)
     return there && w & SH_NODE && SH_GEN(w) == gen;
 }
 
+/* What a collection has condemned may name what it has freed. Nobody but the coordinator uses it,
+ * by whom it dies. The phase first: what one condemned is gone in the next. */
+static bool is_garbage(const struct checker *k, const _Atomic uint64_t *word)
+{
+    uint32_t phase = atomic_load_explicit(&k->c->hdr->phase, ACQ);
+    uint64_t w = atomic_load_explicit(word, ACQ);
+    return SH_BSTATE(w) == SH_BLOCK_DYING
+               ? SH_COUNT(w) == 0
+               : sh_phase_of(phase) == SH_SWEEP && sh_is_condemned(w, phase);
+}
+
 /* A cell may be looked at while span or node is what it was: locked, so that it is not punched. */
 static bool cell_is_there(struct checker *k, const struct holder *h)
 {
     if (h->node != NULL)
-        return is_node(atomic_load_explicit(h->node, ACQ), h->gen);
+        return is_node(atomic_load_explicit(h->node, ACQ), h->gen) && !is_garbage(k, h->node);
     uint32_t state = h->page == SH_NIL ? SH_PINS : SH_SPAN_STATE(sh_span(k->c, h->page));
     return state == SH_PINS || state == SH_LEASES;
 }

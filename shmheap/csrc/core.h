@@ -432,6 +432,12 @@ static inline bool sh_is_live(uint64_t w, uint64_t gen)
 {
     return SH_BSTATE(w) == SH_BLOCK_LIVE && SH_GEN(w) == gen;
 }
+/* In SWEEP: to be freed, and nobody's to use, nor what it names, which may be gone before it. */
+static inline bool sh_is_condemned(uint64_t w, uint32_t phase)
+{
+    return SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) &&
+           (w & SH_TOUCH_MASK) != sh_touch_of(phase);
+}
 static inline bool sh_node_fits(uint64_t head, uint64_t nbytes)
 {
     return nbytes >= sizeof(struct sh_node) &&

@@ -74,13 +74,26 @@ static void clear_mark(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
         atomic_fetch_and_explicit(word, ~SH_MARKED, ACQR);
 }
 
+/* A sweep that was given up goes on, as a successor's does. In IDLE a handle that is still about
+ * could bring back what it condemned, which may name what it has freed. */
+static enum sh_status finish_sweep(struct sh_ctx *c)
+{
+    uint64_t blocks, bytes;
+    if (sh_phase_of(atomic_load(&c->hdr->phase)) != SH_SWEEP)
+        return SH_OK;
+    sh_trace_end(c);
+    return sh_sweep(c, &blocks, &bytes);
+}
+
 /* Rule 10, up to the flip to MARK. First everybody goes to IDLE: no two epochs may be in use at
  * once. */
 enum sh_status sh_start_cycle(struct sh_ctx *c)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
     c->longest_ns = 0;
-    enum sh_status status = set_phase(c, SH_IDLE, epoch);
+    enum sh_status status = finish_sweep(c);
+    if (status == SH_OK)
+        status = set_phase(c, SH_IDLE, epoch);
     if (status == SH_OK)
         status = each_word(c, clear_mark, NULL);
     epoch = epoch == 0x3f ? 1 : epoch + 1; /* 0 is "never touched" */
@@ -255,7 +268,7 @@ static void find_untraced(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
 /* Rule 12: until a full pass finds nothing that was touched and is not traced. */
 static enum sh_status trace_all(struct sh_ctx *c)
 {
-    uint64_t before, touch = (uint64_t)epoch_of(atomic_load(&c->hdr->phase)) << SH_TOUCH_SHIFT;
+    uint64_t before, touch = sh_touch_of(atomic_load(&c->hdr->phase));
     enum sh_status status;
     do {
         empty_grey(c);
@@ -353,17 +366,12 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 #define SUSPECTS 64u
 
 struct sweep {
-    uint64_t touch;
+    uint32_t phase; /* with the epoch */
     uint64_t live_blocks, live_bytes;
     uint32_t nsuspects;
     uint32_t page[SUSPECTS];
     uint64_t span[SUSPECTS], word[SUSPECTS];
 };
-
-static bool is_garbage(const struct sweep *s, uint64_t w)
-{
-    return SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_MARKED) && (w & SH_TOUCH_MASK) != s->touch;
-}
 
 /* What was worked off is no longer a block that could be touched: its references are dropped as if
  * no collection was under way, for who is condemned with it shall go with it. */
@@ -379,12 +387,12 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
     struct sh_ref r;
     uint64_t w = atomic_load_explicit(word, ACQ);
     bool live = SH_BSTATE(w) == SH_BLOCK_LIVE;
-    if (!live || (!is_garbage(s, w) && !c->recount_blocks) ||
+    if (!live || (!sh_is_condemned(w, s->phase) && !c->recount_blocks) ||
         !sh_locate(c, sh_word_number(c, word), &r))
         return;
     r.gen = SH_GEN(w);
     r.nbytes = sh_block_bytes(c, &r, w);
-    while (is_garbage(s, w)) {
+    while (sh_is_condemned(w, s->phase)) {
         bool leaf = !(w & SH_NODE);
         if (!sh_end_life(c, &r, &w))
             continue;
@@ -562,7 +570,7 @@ static void lower_count(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
     uint64_t w = atomic_load_explicit(word, ACQ);
     uint64_t seen = c->trace->seen[sh_word_number(c, word)];
     while (SH_BSTATE(w) == SH_BLOCK_LIVE && w & SH_MARKED && SH_COUNT(w) > seen) {
-        if ((w & SH_TOUCH_MASK) == s->touch || SH_COUNT(w) == SH_COUNT_MAX) {
+        if ((w & SH_TOUCH_MASK) == sh_touch_of(s->phase) || SH_COUNT(w) == SH_COUNT_MAX) {
             c->recount_holders |= SH_COUNT(w) != SH_COUNT_MAX; /* next time */
             return;
         }
@@ -606,7 +614,7 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
     uint64_t frees = atomic_load(&c->slot->frees), freed = atomic_load(&c->slot->freed_bytes);
     if (s == NULL)
         return SH_NOMEM;
-    s->touch = (uint64_t)epoch_of(atomic_load(&c->hdr->phase)) << SH_TOUCH_SHIFT;
+    s->phase = atomic_load(&c->hdr->phase);
     enum sh_status status = sweep_all(c, s);
     *blocks = atomic_load(&c->slot->frees) - frees; /* ours alone */
     *bytes = atomic_load(&c->slot->freed_bytes) - freed;

@@ -1,8 +1,6 @@
 /* See support.h. Nothing here trusts a list, a counter or a bitmap that it is to check. */
 #include "support.h"
 
-#include <pthread.h>
-
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -393,6 +391,31 @@ bool child_survives(void (*run)(void *), void *arg, const char *point, uint32_t 
     else
         CHECK(WEXITSTATUS(status) == 0);
     return WIFEXITED(status);
+}
+
+static void *hold_the_heap_lock(void *arg)
+{
+    struct stopped *s = arg;
+    CHECK_OK(sh_heap_lock(s->c, 1000));
+    pthread_barrier_wait(&s->barrier);
+    pthread_barrier_wait(&s->barrier);
+    sh_heap_unlock(s->c);
+    return NULL;
+}
+
+void stop_with_heap_lock(void *arg)
+{
+    struct stopped *s = arg;
+    pthread_barrier_init(&s->barrier, NULL, 2);
+    CHECK(pthread_create(&s->thread, NULL, hold_the_heap_lock, s) == 0);
+    pthread_barrier_wait(&s->barrier);
+}
+
+void go_on(struct stopped *s)
+{
+    pthread_barrier_wait(&s->barrier);
+    pthread_join(s->thread, NULL);
+    pthread_barrier_destroy(&s->barrier);
 }
 
 /* Second opinion */

@@ -8,6 +8,7 @@
 #ifndef SHMHEAP_TEST_SUPPORT_H
 #define SHMHEAP_TEST_SUPPORT_H
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -91,6 +92,15 @@ bool child_survives(void (*run)(void *), void *arg, const char *point, uint32_t 
 void at_moment(const char *point, void (*act)(void *), void *arg);
 #define MOMENT_CAME(point) CHECK(!moment_waits() && "nobody passed " point)
 bool moment_waits(void);
+
+/* Somebody is stopped with the heap lock, and goes on later. */
+struct stopped {
+    pthread_t thread;
+    pthread_barrier_t barrier;
+    struct sh_ctx *c;
+};
+void stop_with_heap_lock(void *stopped);
+void go_on(struct stopped *);
 
 /* The second opinion, at a quiet moment */
 enum {

@@ -599,38 +599,6 @@ static void test_pins_of_a_child_are_copied_during_a_sweep(void)
     stage_end(s);
 }
 
-/* Somebody is stopped with the heap lock, and goes on later. */
-struct stopped {
-    pthread_t thread;
-    pthread_barrier_t barrier;
-    struct sh_ctx *c;
-};
-
-static void *hold_the_heap_lock(void *arg)
-{
-    struct stopped *s = arg;
-    CHECK_OK(sh_heap_lock(s->c, 1000));
-    pthread_barrier_wait(&s->barrier);
-    pthread_barrier_wait(&s->barrier);
-    sh_heap_unlock(s->c);
-    return NULL;
-}
-
-static void stop_with_heap_lock(void *arg)
-{
-    struct stopped *s = arg;
-    pthread_barrier_init(&s->barrier, NULL, 2);
-    CHECK(pthread_create(&s->thread, NULL, hold_the_heap_lock, s) == 0);
-    pthread_barrier_wait(&s->barrier);
-}
-
-static void go_on(struct stopped *s)
-{
-    pthread_barrier_wait(&s->barrier);
-    pthread_join(s->thread, NULL);
-    pthread_barrier_destroy(&s->barrier);
-}
-
 /* What the coordinator has out of the page heap at that moment was lost until its death. */
 static void test_runs_that_cannot_be_given_back_yet(void)
 {

@@ -308,6 +308,40 @@ static void test_a_reference_that_is_moved_while_marking(void)
     stage_end(s);
 }
 
+/* A sweep that is given up has freed some of what it condemned, and the rest names it: brought back
+ * by a handle, that rest would lead to what is gone. */
+static void test_a_sweep_that_is_given_up_goes_on(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct stopped stopped = {.c = &s->b};
+    struct sh_ref x = node_new(&s->a, 2500), y = node_new(&s->a, 2), got;
+    struct handle h = handle_of(&s->a, &y);
+    uint32_t violations = 0;
+    uint64_t n, bytes;
+    CHECK(x.page < y.page && "x is swept first, and its span goes back");
+    node_store(&s->a, &y, 1, &y);
+    put_into(&s->a, &y, 0, &x);
+    block_drop(&s->a, &y);
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    s->lead.patience_ms = 1;
+    at_moment("gc:sweeping", stop_with_heap_lock, &stopped);
+    CHECK_IS(sh_sweep(&s->lead, &n, &bytes), SH_BUSY);
+    MOMENT_CAME("gc:sweeping");
+    CHECK(n == 1 && live_blocks(&s->a) == 1);
+    go_on(&stopped);
+    CHECK_OK(sh_check(&s->a, test_say, &violations));
+    CHECK(violations == 0 && "what is condemned may name what is gone");
+    s->lead.patience_ms = 10000;
+    CHECK_IS(handle_open(&s->b, &h, &got), SH_STALE);
+    CHECK_OK(sh_start_cycle(&s->lead)); /* the next one */
+    CHECK_IS(handle_open(&s->b, &h, &got), SH_STALE);
+    CHECK_OK(sh_mark(&s->lead, &n));
+    end_collection(&s->lead);
+    stage_end(s);
+}
+
 /* A count that a death left too high is brought back, so that a later drop frees at once. */
 static void test_counts_that_are_too_high_are_lowered(void)
 {
@@ -509,6 +543,7 @@ int main(void)
         {"garbage_lets_go", test_garbage_lets_go},
         {"marking_follows_references", test_marking_follows_references},
         {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},
+        {"a_sweep_that_is_given_up_goes_on", test_a_sweep_that_is_given_up_goes_on},
         {"counts_that_are_too_high_are_lowered", test_counts_that_are_too_high_are_lowered},
         {"a_death_at_each_point_of_a_nodes_death", test_a_death_at_each_point_of_a_nodes_death},
         {"a_coordinator_dies_in_each_phase", test_a_coordinator_dies_in_each_phase},

@@ -597,13 +597,14 @@ static void leave_garbage_dying(struct scene *s)
 {
     struct sh_ctx dead;
     name_node(s);
-    struct sh_ref n = wide(W);
+    struct sh_ref r, n = wide(W);
     CHECK(sh_count_up(n.word, n.gen, SH_IDLE));
     block_drop(W, &n);
-    uint64_t w = atomic_load(n.word);
     CHECK_OK(sh_map(&dead, dup(s->fd), true));
     CHECK_OK(sh_attach_coordinator(&dead, 1000));
-    while (!sh_end_life(&dead, &n, &w)) {
+    CHECK(sh_locate(&dead, sh_word_number(W, n.word), &r));
+    uint64_t w = atomic_load(r.word);
+    while (!sh_end_life(&dead, &r, &w)) {
     }
     CHECK(sh_bury(&dead, 0, WIDE / 3, SH_IDLE));
     arena_die(&dead);
