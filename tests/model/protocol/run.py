@@ -109,6 +109,7 @@ CONTROLS = [
         "NO_IDLE_ROUND -DOPS=1 -DINIT=2 -DGIVEUP=1",  # two epochs in use at once
         "PASS_OVER -DOPS=1 -DINIT=2 -DGIVEUP=1",  # a cycle goes on without who could not be flipped
         "RESURRECT_BLINDLY -DOPS=1 -DINIT=2 -DGIVEUP=2",  # a process that missed a cycle's end trusts its phase
+        "SWEEP_ANEW -DOPS=1 -DINIT=7 -DGIVEUP=1",  # a sweep that was given up is not gone on with
         "SLICE_NO_ROOT -DOPS=1 -DINIT=6 -DSLICED",  # what is dropped in slices is no root of what it names
         "ATTACH_IDLE -DATTACH -DOPS=1 -DINIT=3",  # a new slot begins in IDLE
         "ATTACH_UNLOCKED -DATTACH -DOPS=1 -DINIT=3",  # the phase is read before the slot is in use
@@ -161,6 +162,7 @@ QUICK = [
     gc("-DOPS=1 -DINIT=3 -DFORK"),
     gc("-DOPS=1 -DINIT=6 -DSLICED"),
     gc("-DOPS=1 -DINIT=2 -DGIVEUP=1"),
+    gc("-DOPS=1 -DINIT=7 -DGIVEUP=1"),
     pages("-DINIT=9"),
     pages("-DINIT=8"),
     pages("-DINIT=3 -DGEOM=1 -DOPS=2 -DOPS1=1"),
@@ -175,7 +177,7 @@ FULL = [
     gc("-DOPS=1 -DINIT=9 -DATTACH"),
     *(gc(f"-DOPS=1 -DINIT={start} -DFORK -DKILLS=1") for start in (3, 4)),
     gc("-DOPS=1 -DINIT=6 -DSLICED -DKILLS=1"),
-    gc("-DOPS=1 -DINIT=2 -DGIVEUP=1 -DCKILLS=1"),
+    *(gc(f"-DOPS=1 -DINIT={start} -DGIVEUP=1 -DCKILLS=1") for start in (2, 7)),
     *(gc(f"-DOPS=1 -DINIT={start} -DKILLS=1 -DREAPIN") for start in (2, 3, 4)),
     *(gc(f"-DOPS=1 -DINIT={start} -DKILLS=1 -DCKILLS=1") for start in (2, 3, 4)),
     *(gc(f"-DOPS=2 -DINIT={start}") for start in (2, 3)),
