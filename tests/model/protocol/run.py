@@ -108,7 +108,7 @@ CONTROLS = [
         "SKIP_DEAD -DOPS=1 -DINIT=3 -DKILLS=1",  # pins of the unreaped dead are no roots
         "NO_IDLE_ROUND -DOPS=1 -DINIT=2 -DGIVEUP=1",  # two epochs in use at once
         "PASS_OVER -DOPS=1 -DINIT=2 -DGIVEUP=1",  # a cycle goes on without who could not be flipped
-        "RESURRECT_BLINDLY -DOPS=1 -DINIT=2 -DGIVEUP=2",  # a process that missed a cycle's end trusts its phase
+        "RESURRECT_BLINDLY -DOPS=1 -DINIT=8",  # a process that missed a cycle's end trusts its phase
         "SWEEP_ANEW -DOPS=1 -DINIT=7 -DGIVEUP=1",  # a sweep that was given up is not gone on with
         "SLICE_NO_ROOT -DOPS=1 -DINIT=6 -DSLICED",  # what is dropped in slices is no root of what it names
         "ATTACH_IDLE -DATTACH -DOPS=1 -DINIT=3",  # a new slot begins in IDLE
