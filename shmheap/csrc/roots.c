@@ -120,14 +120,15 @@ static void replace_cell(struct sh_ctx *c, struct sh_root *root, uint64_t cell)
     sh_swap_ref(c, &root->cell, atomic_load_explicit(&root->cell, ACQ), cell);
 }
 
-/* SH_CHANGED: the name stands for something already, and must not. */
+/* expected: NULL, or the cell that the name must have, 0 for none; SH_CHANGED if it has another. */
 static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t len,
-                                 const struct sh_ref *ref, bool must_be_new)
+                                 const struct sh_ref *ref, const uint64_t *expected)
 {
     uint32_t hash = hash_of(name, len);
     uint64_t entry, *link;
     enum sh_status status = find_link(c, name, len, hash, &link, &entry);
-    if (status == SH_OK && must_be_new && entry != SH_NIL && atomic_load(&root_at(c, entry)->cell))
+    uint64_t cell = status == SH_OK && entry != SH_NIL ? atomic_load(&root_at(c, entry)->cell) : 0;
+    if (status == SH_OK && expected != NULL && cell != *expected)
         return SH_CHANGED;
     if (status == SH_OK && entry == SH_NIL)
         status =
@@ -142,13 +143,13 @@ static enum sh_status set_locked(struct sh_ctx *c, const char *name, uint32_t le
 }
 
 static enum sh_status set_or_add(struct sh_ctx *c, const char *name, uint32_t len,
-                                 const struct sh_ref *ref, bool must_be_new, int wait_ms)
+                                 const struct sh_ref *ref, const uint64_t *expected, int wait_ms)
 {
     for (;;) {
         enum sh_status status = lock_both(c, wait_ms);
         if (status != SH_OK)
             return status;
-        status = set_locked(c, name, len, ref, must_be_new);
+        status = set_locked(c, name, len, ref, expected);
         uint64_t used = c->hdr->roots_used;
         unlock_both(c);
         if (status == SH_OK)
@@ -168,14 +169,21 @@ static enum sh_status set_or_add(struct sh_ctx *c, const char *name, uint32_t le
 enum sh_status sh_root_set(struct sh_ctx *c, const char *name, uint32_t len,
                            const struct sh_ref *ref, int wait_ms)
 {
-    return set_or_add(c, name, len, ref, false, wait_ms);
+    return set_or_add(c, name, len, ref, NULL, wait_ms);
 }
 
 /* The same unless it stands for something already: SH_CHANGED. */
 enum sh_status sh_root_add(struct sh_ctx *c, const char *name, uint32_t len,
                            const struct sh_ref *ref, int wait_ms)
 {
-    return set_or_add(c, name, len, ref, true, wait_ms);
+    return set_or_add(c, name, len, ref, &(uint64_t){0}, wait_ms);
+}
+
+/* The same if it stands for that block: SH_CHANGED. */
+enum sh_status sh_root_replace(struct sh_ctx *c, const char *name, uint32_t len,
+                               const struct sh_ref *old, const struct sh_ref *ref, int wait_ms)
+{
+    return set_or_add(c, name, len, ref, &(uint64_t){sh_cell_of(c, old)}, wait_ms);
 }
 
 /* The name stands for nothing from now on. SH_ABSENT: it did not before, or, where only one block

@@ -261,6 +261,8 @@ enum sh_status sh_root_set(struct sh_ctx *, const char *name, uint32_t len, cons
                            int wait_ms);
 enum sh_status sh_root_add(struct sh_ctx *, const char *name, uint32_t len, const struct sh_ref *,
                            int wait_ms);
+enum sh_status sh_root_replace(struct sh_ctx *, const char *name, uint32_t len,
+                               const struct sh_ref *old, const struct sh_ref *, int wait_ms);
 enum sh_status sh_root_clear(struct sh_ctx *, const char *name, uint32_t len, int wait_ms);
 enum sh_status sh_root_clear_of(struct sh_ctx *, const char *name, uint32_t len,
                                 const struct sh_ref *only, int wait_ms);

@@ -492,7 +492,7 @@ static void collect_once(void *arg)
 
 /* What others do while nobody leads, in whatever phase they were left: y's leaf goes to x, with a
  * node that is new, and the chain is cut and joined by one. */
-static void go_on(struct cycle *s)
+static void mutate(struct cycle *s)
 {
     struct sh_ref leaf, head, next, fresh = node_new(&s->a, 2);
     CHECK_OK(sh_node_load(&s->a, &s->y, 0, 1000, &leaf));
@@ -533,7 +533,7 @@ static bool die_in_a_cycle(const char *point, uint32_t n)
     struct cycle *s = cycle_new();
     bool survived = child_survives(collect_once, s, point, n);
     arena_die(&s->lead);
-    go_on(s);
+    mutate(s);
     arena_lead(&s->lead, s->fd); /* sweeps on, or starts again */
     CHECK(sh_phase_of(atomic_load(&s->lead.hdr->phase)) == SH_IDLE);
     nothing_was_lost(s);

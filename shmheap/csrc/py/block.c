@@ -172,6 +172,12 @@ static PyObject *block_get_node_kind(Block *self, void *unused)
     return handle_usable(self) ? PyLong_FromUnsignedLong(node_kind(&self->ref)) : NULL;
 }
 
+static PyObject *block_get_nonce(Block *self, void *unused)
+{
+    (void)unused;
+    return handle_usable(self) ? PyLong_FromUnsignedLongLong(self->box->ctx.hdr->nonce) : NULL;
+}
+
 static PyObject *block_get_freed(Block *self, void *unused)
 {
     (void)unused;
@@ -307,6 +313,7 @@ static PyGetSetDef block_getset[] = {
      NULL},
     {"_node_kind", (getter)block_get_node_kind, NULL, NULL, NULL},
     {"freed", (getter)block_get_freed, NULL, "Whether free() was called on this handle.", NULL},
+    {"_nonce", (getter)block_get_nonce, NULL, "Its heap's.", NULL},
     {NULL, NULL, NULL, NULL, NULL}};
 
 static PyMemberDef block_members[] = {

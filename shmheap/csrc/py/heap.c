@@ -417,27 +417,37 @@ static PyObject *heap_root_get(Heap *self, PyObject *args)
     return s == SH_ABSENT ? Py_NewRef(Py_None) : fail(b, s);
 }
 
-/* _root_set(name, block, must_be_new=False) -> whether it is set */
+static enum sh_status set_root(struct box *b, const char *name, uint32_t len,
+                               const struct sh_ref *ref, bool must_be_new,
+                               const struct sh_ref *only)
+{
+    if (only != NULL)
+        return sh_root_replace(&b->ctx, name, len, only, ref, SLICE_MS);
+    return (must_be_new ? sh_root_add : sh_root_set)(&b->ctx, name, len, ref, SLICE_MS);
+}
+
+/* _root_set(name, block, must_be_new=False, only=None) -> whether it is set; only: that block is
+ * what the name must stand for */
 static PyObject *heap_root_set(Heap *self, PyObject *args)
 {
     const char *name;
     Py_ssize_t len;
-    Block *block;
+    Block *block, *only = NULL;
     int must_be_new = 0;
-    struct sh_ref ref;
+    struct sh_ref ref, old;
     enum sh_status s;
-    if (!PyArg_ParseTuple(args, "y#O!|p:_root_set", &name, &len, state->block_type, &block,
-                          &must_be_new) ||
-        !box_usable(self->box) || !handle_usable(block))
+    if (!PyArg_ParseTuple(args, "y#O!|pO!:_root_set", &name, &len, state->block_type, &block,
+                          &must_be_new, state->block_type, &only) ||
+        !box_usable(self->box) || !handle_usable(block) || (only != NULL && !handle_usable(only)))
         return NULL;
     struct box *b = self->box;
     if (!ref_here(b, block, &ref))
         return PyErr_Format(PyExc_ValueError,
                             "the block belongs to another heap; copy it with heap.put()");
+    if (only != NULL && !ref_here(b, only, &old))
+        Py_RETURN_FALSE;
     box_enter(b);
-    WAITING_FOR_ROOM(
-        b, s,
-        (must_be_new ? sh_root_add : sh_root_set)(&b->ctx, name, (uint32_t)len, &ref, SLICE_MS));
+    WAITING_FOR_ROOM(b, s, set_root(b, name, (uint32_t)len, &ref, must_be_new, only ? &old : NULL));
     while (s == SH_DEFERRED)
         WAITING(b, s, sh_flush(&b->ctx, SLICE_MS));
     box_leave(b);
