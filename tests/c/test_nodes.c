@@ -478,8 +478,8 @@ static struct cycle *cycle_new(void)
     s->kept = block_new(&s->a, 100000);
     content_write(leaf.data, 0, 300, 7);
     put_into(&s->a, &s->y, 0, &leaf);
-    store(&s->a, &round, 1, &s->kept);
-    store(&s->a, &round, 0, &back);
+    node_store(&s->a, &round, 1, &s->kept);
+    node_store(&s->a, &round, 0, &back);
     put_into(&s->a, &back, 0, &round);
     block_drop(&s->a, &back);
     return s;
@@ -496,11 +496,11 @@ static void mutate(struct cycle *s)
 {
     struct sh_ref leaf, head, next, fresh = node_new(&s->a, 2);
     CHECK_OK(sh_node_load(&s->a, &s->y, 0, 1000, &leaf));
-    store(&s->a, &s->y, 0, NULL);
+    node_store(&s->a, &s->y, 0, NULL);
     put_into(&s->a, &fresh, 1, &leaf);
     CHECK_OK(sh_root_get(&s->a, "chain", 5, 1000, &head));
     CHECK_OK(sh_node_load(&s->a, &head, 0, 1000, &next));
-    store(&s->a, &head, 0, &fresh);
+    node_store(&s->a, &head, 0, &fresh);
     put_into(&s->a, &fresh, 0, &next);
     put_into(&s->a, &s->x, 0, &fresh);
     block_drop(&s->a, &head);
