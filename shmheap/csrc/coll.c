@@ -65,22 +65,31 @@ static enum sh_status see_body(struct sh_ctx *c, struct sh_use *u)
     return sh_coll_measure(u) ? SH_OK : sh_corrupt(c, SH_FAULT_NODE, sh_word_number(c, r.word));
 }
 
-/* Our process lock, with the body as it is now. */
+/* Our process lock, with the body as it is now. SH_SLOW: no pin is free. */
+static enum sh_status enter(struct sh_ctx *c, struct sh_use *u, int wait_ms)
+{
+    enum sh_status status = sh_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    status = see_body(c, u);
+    if (status != SH_OK)
+        sh_leave(c);
+    return status;
+}
+
+/* More pins, without a lock: that may need system calls, so only who waits does it (SH_BUSY). */
+static enum sh_status more_pins(struct sh_ctx *c, int wait_ms)
+{
+    return wait_ms == 0 ? SH_BUSY : sh_refill(c, SH_KIND_PINS, wait_ms);
+}
+
 enum sh_status sh_coll_enter(struct sh_ctx *c, struct sh_use *u, int wait_ms)
 {
-    for (;;) {
-        enum sh_status status = sh_enter(c, wait_ms);
-        if (status != SH_OK)
-            return status;
-        status = see_body(c, u);
-        if (status == SH_OK)
-            return SH_OK;
-        sh_leave(c);
-        if (status == SH_SLOW)
-            status = sh_refill(c, SH_KIND_PINS, wait_ms);
-        if (status != SH_OK)
-            return status;
+    enum sh_status status;
+    while ((status = enter(c, u, wait_ms)) == SH_SLOW &&
+           (status = more_pins(c, wait_ms)) == SH_OK) {
     }
+    return status;
 }
 
 enum sh_status sh_coll_leave(struct sh_ctx *c, enum sh_status status)
@@ -106,7 +115,7 @@ bool sh_coll_enter_again(struct sh_ctx *c)
 bool sh_coll_again(struct sh_ctx *c, int wait_ms, enum sh_status *status, uint32_t *tries)
 {
     if (*status == SH_SLOW)
-        *status = sh_refill(c, SH_KIND_PINS, wait_ms);
+        *status = more_pins(c, wait_ms);
     else if (*status == SH_AGAIN)
         *status = ++*tries < MANY ? SH_OK : sh_corrupt(c, SH_FAULT_NODE, 0);
     else
@@ -114,31 +123,36 @@ bool sh_coll_again(struct sh_ctx *c, int wait_ms, enum sh_status *status, uint32
     return *status == SH_OK;
 }
 
-/* Both locks. */
-enum sh_status sh_coll_lock(struct sh_ctx *c, struct sh_use *u, sh_repair *repair, int wait_ms)
+static enum sh_status lock_once(struct sh_ctx *c, struct sh_use *u, sh_repair *repair, int wait_ms)
 {
-    bool died;
-    enum sh_status status = sh_word_lock(c, &sh_coll_of(u)->lock, wait_ms, &died);
+    uint64_t dead;
+    enum sh_status status = sh_word_lock(c, &sh_coll_of(u)->lock, wait_ms, &dead);
     if (status != SH_OK)
         return status;
     SH_CRASH("coll:locked");
-    do /* half a repair is what the next one could not see */
-        status = sh_coll_enter(c, u, died ? 1000 : wait_ms);
-    while (died && status == SH_BUSY);
-    if (status != SH_OK) {
-        sh_word_unlock(&sh_coll_of(u)->lock);
-        return status;
-    }
-    if (died)
+    status = enter(c, u, wait_ms);
+    if (status != SH_OK)
+        sh_word_unlock(&sh_coll_of(u)->lock, dead);
+    else if (dead != 0)
         repair(c, u);
-    return SH_OK;
+    return status;
+}
+
+/* Both locks. */
+enum sh_status sh_coll_lock(struct sh_ctx *c, struct sh_use *u, sh_repair *repair, int wait_ms)
+{
+    enum sh_status status;
+    while ((status = lock_once(c, u, repair, wait_ms)) == SH_SLOW &&
+           (status = more_pins(c, wait_ms)) == SH_OK) {
+    }
+    return status;
 }
 
 /* Of the two, the collection's. The process lock was left before. */
 void sh_coll_unlock(struct sh_ctx *c, struct sh_use *u)
 {
     (void)c;
-    sh_word_unlock(&sh_coll_of(u)->lock);
+    sh_word_unlock(&sh_coll_of(u)->lock, 0);
 }
 
 /* The body that we have seen is still the collection's. */

@@ -191,8 +191,8 @@ void sh_lock_rebuilt(struct sh_lock *);
 enum sh_status sh_registry(struct sh_ctx *, int wait_ms);
 enum sh_status sh_process_lock(struct sh_ctx *, struct sh_slot *, int wait_ms);
 void sh_process_unlock(struct sh_slot *);
-enum sh_status sh_word_lock(struct sh_ctx *, _Atomic uint64_t *lock, int wait_ms, bool *died);
-void sh_word_unlock(_Atomic uint64_t *lock);
+enum sh_status sh_word_lock(struct sh_ctx *, _Atomic uint64_t *lock, int wait_ms, uint64_t *dead);
+void sh_word_unlock(_Atomic uint64_t *lock, uint64_t dead);
 int sh_word_try(struct sh_ctx *, _Atomic uint64_t *lock);
 bool sh_word_let(struct sh_ctx *, _Atomic uint64_t *lock);
 /* Refused by everybody from now on, and told by what was found here. SH_CORRUPT, for its caller. */

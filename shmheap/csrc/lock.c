@@ -144,9 +144,9 @@ static bool take_word(_Atomic uint64_t *lock, uint64_t from, uint64_t me)
     return atomic_compare_exchange_strong_explicit(lock, &from, me, ACQ, RLX);
 }
 
-/* *died: it was a dead process's. */
+/* *dead: 0, or the dead holder that it was taken from. */
 static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me, int wait_ms,
-                          bool *died)
+                          uint64_t *dead)
 {
     uint64_t until = sh_os_now_ns() + (uint64_t)wait_ms * 1000000u;
     for (;;) {
@@ -156,10 +156,10 @@ static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me,
             sh_os_pause();
         }
         uint64_t holder = atomic_load_explicit(lock, ACQ);
-        *died = holder != 0 && holder != me && holder_is_dead(c, holder);
-        if (*died && take_word(lock, holder, me))
+        *dead = holder != 0 && holder != me && holder_is_dead(c, holder) ? holder : 0;
+        if (*dead != 0 && take_word(lock, holder, me))
             return true;
-        *died = false;
+        *dead = 0;
         if (sh_os_now_ns() >= until)
             return false;
         sh_os_nap(NAP_NS);
@@ -178,30 +178,31 @@ static enum sh_status in_vain(struct sh_ctx *c, int wait_ms)
 enum sh_status sh_process_lock(struct sh_ctx *c, struct sh_slot *s, int wait_ms)
 {
     uint64_t me = c->owner | 1;
-    bool died;
+    uint64_t dead;
     if (LOCKS && !take_word(&s->lock, 0, me) &&
-        (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms, &died)))
+        (wait_ms == 0 || !wait_for_word(c, &s->lock, me, wait_ms, &dead)))
         return in_vain(c, wait_ms);
     rank_taken(SH_RANK_PROCESS);
     return SH_OK;
 }
 
-/* The same kind of lock for a collection, outside the process lock. *died: who had it died, and may
- * have left half of what it did. */
-enum sh_status sh_word_lock(struct sh_ctx *c, _Atomic uint64_t *lock, int wait_ms, bool *died)
+/* The same kind of lock for a collection, outside the process lock. *dead: 0, or who had it and
+ * died, and may have left half of what it did. */
+enum sh_status sh_word_lock(struct sh_ctx *c, _Atomic uint64_t *lock, int wait_ms, uint64_t *dead)
 {
     uint64_t me = c->owner | 1;
-    *died = false;
-    if (!take_word(lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, lock, me, wait_ms, died)))
+    *dead = 0;
+    if (!take_word(lock, 0, me) && (wait_ms == 0 || !wait_for_word(c, lock, me, wait_ms, dead)))
         return in_vain(c, wait_ms);
     rank_taken(SH_RANK_COLLECTION);
     return SH_OK;
 }
 
-void sh_word_unlock(_Atomic uint64_t *lock)
+/* dead: 0, or who is to be found by the next one, as it was by us. */
+void sh_word_unlock(_Atomic uint64_t *lock, uint64_t dead)
 {
     rank_left(SH_RANK_COLLECTION);
-    atomic_store_explicit(lock, 0, REL);
+    atomic_store_explicit(lock, dead, REL);
 }
 
 /* Takes such a lock if it is nobody's, or a dead process's: 0 not now, 1 ours, 2 ours and the other

@@ -113,6 +113,8 @@ enum sh_status sh_record_refill(struct sh_ctx *c, const struct sh_key *k, const 
                                 bool node, int wait_ms)
 {
     uint64_t refs = node ? sizeof(struct sh_node) + 8ull * v->nrefs : 0;
+    if (wait_ms == 0)
+        return SH_BUSY; /* it may need system calls */
     return sh_refill(c, sh_class_of((uint32_t)(refs + record_bytes(k, v))), wait_ms);
 }
 
