@@ -634,7 +634,8 @@ uint32_t sh_head_of(const struct sh_ctx *c, uint32_t page)
     return page - head < SH_SPAN_NPAGES(sh_span(c, head)) ? head : SH_NIL;
 }
 
-bool sh_span_fits(const struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t used)
+/* Inline as sh_count_up is: each look at a reference asks it. */
+inline bool sh_span_fits(const struct sh_ctx *c, uint32_t page, uint64_t span, uint64_t used)
 {
     uint32_t state = SH_SPAN_STATE(span), kind = SH_SPAN_KIND(span), n = SH_SPAN_NPAGES(span);
     uint64_t end = (uint64_t)page + n;
