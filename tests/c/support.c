@@ -246,7 +246,9 @@ struct sh_ref node_new(struct sh_ctx *c, uint32_t nrefs)
 
 void node_store(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, const struct sh_ref *r)
 {
-    enum sh_status status = sh_node_store(c, node, i, r, 1000);
+    enum sh_status status;
+    while ((status = sh_node_store(c, node, i, r, 1000)) == SH_BUSY) {
+    }
     while (status == SH_DEFERRED || status == SH_BUSY)
         status = sh_flush(c, 1000);
     CHECK_OK(status);

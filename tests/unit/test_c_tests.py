@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "gcc")) is None, reason="there is no C compiler"
 )
-@pytest.mark.parametrize("test", ["pages", "blocks", "threads", "death", "bytes", "oracle"])
+@pytest.mark.parametrize(
+    "test", ["pages", "blocks", "nodes", "graphs", "threads", "death", "bytes", "oracle"]
+)
 def test_the_core_without_python(test: str) -> None:
     run = subprocess.run(
         [ROOT / "tests" / "c" / "run.sh", "plain", test],
