@@ -71,11 +71,15 @@ static void look_at(const struct sh_ref *r)
     CHECK(content_is(r->data, sizeof seed, r->nbytes, seed));
 }
 
+/* What is to be done after it is put off: a wide node dies over many steps, and collections. */
 static void drop(struct worker *w, struct sh_ref *r)
 {
+    enum sh_status status;
     look_at(r);
     w->known[rng_below(&w->rng, HELD)] = handle_of(&w->c, r);
-    block_drop(&w->c, r);
+    while ((status = sh_unpin(&w->c, r, 10000)) == SH_BUSY) {
+    }
+    CHECK(status == SH_OK || status == SH_DEFERRED);
     r->word = NULL;
 }
 
@@ -212,6 +216,7 @@ static void *work(void *arg)
             die(w);
         step(w);
     }
+    CHECK_OK(sh_flush(&w->c, 10000));
     atomic_fetch_sub(&w->play->working, 1);
     return NULL;
 }
