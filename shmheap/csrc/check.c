@@ -334,14 +334,14 @@ static bool cell_is_there(struct checker *k, const struct holder *h)
 /* A node may be freed and its place another block's while it is looked at. What is read then counts
  * for nothing, since the word has changed: a race by design, which the thread sanitizer shall not
  * see. */
-__attribute__((no_sanitize("thread"))) static uint64_t peek(const _Atomic uint64_t *at)
+__attribute__((no_sanitize("thread"))) static uint64_t peek_ref(const _Atomic uint64_t *at)
 {
     return atomic_load_explicit(at, ACQ);
 }
 
 static bool unchanged(const struct holder *h)
 {
-    return peek(h->at) == h->cell;
+    return peek_ref(h->at) == h->cell;
 }
 
 /* Looks at one cell. `kind`: of holder; a lease has a number where others have a generation. */
@@ -349,7 +349,7 @@ static bool look_at(struct checker *k, struct holders *a, struct holder h, const
 {
     struct sh_ref r;
     bool generation = kind[0] != 'l';
-    h.cell = peek(h.at);
+    h.cell = peek_ref(h.at);
     if (h.cell == 0 || (h.node != NULL && !SH_REF_IS_CELL(h.cell)))
         return true;
     h.word = SH_CELL_WORD(h.cell);
@@ -391,7 +391,7 @@ static enum sh_status add_refs(struct checker *k, struct holders *a, uint32_t pa
     if (!is_node(w, SH_GEN(w)) || !sh_locate(k->c, sh_word_number(k->c, word), &r))
         return SH_OK;
     const struct sh_node *n = (const struct sh_node *)r.data;
-    uint64_t head = peek(&n->head);
+    uint64_t head = peek_ref(&n->head);
     bool fits = sh_node_fits(head, sh_block_bytes(k->c, &r, w));
     if (!is_node(atomic_load_explicit(word, ACQ), SH_GEN(w)))
         return SH_OK;

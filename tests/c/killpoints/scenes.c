@@ -381,7 +381,7 @@ static void have_one_in_mark(struct scene *s)
 
 /* Users: nodes. What is behind the name "node" is the witness's: a leaf, nothing, and a tree. */
 
-#define WIDE 600u /* references: more than two slices of a death */
+#define WIDE 300u /* references: more than a slice of a death */
 
 static void put_into(struct sh_ctx *c, const struct sh_ref *node, uint32_t i, struct sh_ref r)
 {
@@ -394,7 +394,7 @@ static struct sh_ref tree(struct sh_ctx *c, const struct sh_ref *shared)
     struct sh_ref top = node_new(c, 2), low = node_new(c, 3);
     if (shared != NULL)
         node_store(c, &low, 1, shared);
-    put_into(c, &low, 2, filled(c, 40000, 98));
+    put_into(c, &low, 2, filled(c, 9000, 98));
     put_into(c, &top, 0, filled(c, 300, 97));
     put_into(c, &top, 1, low);
     return top;
@@ -572,8 +572,9 @@ static void leave_dying(struct scene *s)
     name_node(s);
     arena_join(&dead, s->fd);
     s->dead_slot = dead.slot_index;
-    struct sh_ref n = wide(&dead), leaf = named_leaf(&dead);
-    put_into(&dead, &n, 0, tree(&dead, &leaf));
+    struct sh_ref n = wide(&dead), leaf = named_leaf(&dead), low = node_new(&dead, 5);
+    node_store(&dead, &low, 3, &leaf);
+    put_into(&dead, &n, 0, low);
     CHECK_IS(sh_unpin(&dead, &n, 1000), SH_DEFERRED);
     arena_die(&dead);
 }
@@ -606,7 +607,7 @@ static void leave_garbage_dying(struct scene *s)
     uint64_t w = atomic_load(r.word);
     while (!sh_end_life(&dead, &r, &w)) {
     }
-    CHECK(sh_bury(&dead, 0, WIDE / 3, SH_IDLE));
+    CHECK(sh_bury(&dead, 0, WIDE - 40, SH_IDLE));
     arena_die(&dead);
 }
 static void leave_counts(struct scene *s)
