@@ -5,7 +5,9 @@ General layout, from the ground up:
     errors, config, stats   words that all rooms share
     rss                     the independent witness: what the kernel says
     _core (csrc/)           the core in C: whatever runs under a lock, or once per allocation
-    arena, block, roots     files and their names; handles and leases; named roots
+    arena, block            files and their names; handles and leases
+    values, arrays          values as bytes and blocks
+    containers, roots       shared lists and dicts; named roots
     coordinator/            the one process per heap that reaps, collects and scavenges
     heap                    Heap: its docstring follows one allocation all the way down
     verify                  the books against the witness
@@ -41,6 +43,7 @@ except ModuleNotFoundError as error:
 
 from shmheap.block import Block, Lease
 from shmheap.config import Config
+from shmheap.containers import SharedDict, SharedList
 from shmheap.errors import (
     CoordinatorLost,
     HeapCorrupt,
@@ -72,6 +75,8 @@ __all__ = [
     "Lease",
     "Roots",
     "ScavengeReport",
+    "SharedDict",
+    "SharedList",
     "StaleHandle",
     "UntrustedArena",
     "open",

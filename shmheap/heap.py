@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import contextlib
 import math
 import os
 import shlex
@@ -29,15 +30,17 @@ import time
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import posix_ipc
 
-from shmheap import _core, arena, block
+from shmheap import _core, arena, block, values
 from shmheap._core import Block, HeapBase
 from shmheap.config import Config, parse_size
+from shmheap.containers import SharedDict, SharedList
 from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WANT_MEMORY
 from shmheap.errors import (
     CoordinatorLost,
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import DTypeLike, NDArray
 
+    from shmheap.values import AnyCodec
+
 __all__ = ["Heap", "open", "unlink"]
 
 ANSWER_S = 60.0
@@ -74,6 +79,8 @@ CELLS_BYTES = 8192
 STARTING_S = 1.0
 """How long this process waits for a start of its own to be over: of an interpreter, not of what it
 does then. Not for ever: it may lie on a disk that does not answer."""
+
+C = TypeVar("C", SharedDict[Any, Any], SharedList[Any])
 
 _open_heaps: weakref.WeakValueDictionary[int, Heap] = weakref.WeakValueDictionary()
 """Every open heap of this process, by its id()."""
@@ -330,6 +337,52 @@ class Heap(HeapBase):
         found: NDArray[Any] = numpy.frombuffer(buffer, kind).reshape(shape)
         return found
 
+    def dict(
+        self,
+        name: str | None = None,
+        value: Mapping[Any, Any] | Iterable[tuple[Any, Any]] = (),
+        *,
+        codec: AnyCodec = None,
+    ) -> SharedDict[Any, Any]:
+        """Return a dict that all processes share: a new one, or that of a name.
+
+        Args:
+            name: The named root that it is, made if there is none; None: a new one without a name.
+            value: What is in it if it is made now: what dict takes.
+            codec: Takes values that have no form of their own: "pickle", which runs code of
+                whoever may write to the heap when it reads, or an object with name, dumps, loads.
+
+        Raises TypeError if the name is that of something else, or the value cannot be shared.
+
+        Cost: the roots lock if it has a name; two blocks and filling it if it is made.
+        """
+        return self._collection(SharedDict, name, value, codec)
+
+    def list(
+        self, name: str | None = None, value: Iterable[Any] = (), *, codec: AnyCodec = None
+    ) -> SharedList[Any]:
+        """Return a list that all processes share: a new one, or that of a name.
+
+        Args:
+            name: The named root that it is, made if there is none; None: a new one without a name.
+            value: What is in it if it is made now: what list takes.
+            codec: As for dict.
+
+        Raises TypeError if the name is that of something else, or the value cannot be shared.
+
+        Cost: that of dict.
+        """
+        return self._collection(SharedList, name, value, codec)
+
+    def _collection(self, kind: type[C], name: str | None, value: Any, codec: AnyCodec) -> C:
+        named = Roots(self, values.check_codec(codec))
+        if name is not None and name in named:
+            with contextlib.suppress(KeyError):
+                return _checked(named[name], kind, name)
+        made = kind._new(self, codec)
+        made._fill(value)
+        return made if name is None else _checked(named.setdefault(name, made), kind, name)
+
     # The coordinator's services
 
     def gc(self, timeout: float | None = ANSWER_S) -> GCReport:
@@ -440,6 +493,12 @@ class Heap(HeapBase):
             f"<shmheap.Heap {self.name!r}: {stats.heap_alloc} bytes in {stats.heap_objects} "
             f"blocks, capacity {self.capacity}>"
         )
+
+
+def _checked(found: object, kind: type[C], name: str) -> C:
+    if not isinstance(found, kind):
+        raise TypeError(f"the root {name!r} is a {type(found).__name__}, no {kind.__name__}")
+    return found
 
 
 class _Bell:

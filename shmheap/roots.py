@@ -1,133 +1,173 @@
-"""Named roots: blocks that live because they have a name, for every process of the heap."""
+"""Named roots: what lives because it has a name, for every process of the heap.
+
+A root is a block: the one that was given, that of a shared list or dict, or, for every other value,
+a box: a node that holds the value's bytes, and the blocks that it names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, MutableMapping, ValuesView
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final
 
-from shmheap import _core
+from shmheap import _core, values
 from shmheap._core import Block
 
 if TYPE_CHECKING:
     from shmheap._core import HeapBase
+    from shmheap.values import AnyCodec, Encoded
 
 __all__ = ["Roots"]
 
-T = TypeVar("T")
-_RAISE: Final = object()
+_NOTHING: Final = object()
 
 
-class Roots(MutableMapping[str, Block]):
-    """The named roots of a heap: a mapping from str to Block that all its processes share.
+class Roots(MutableMapping[str, Any]):
+    """The named roots of a heap: a mapping from str to objects that all its processes share.
 
-    Setting and deleting are atomic: others see the old block or the new one. So are setdefault,
-    pop and popitem: of several at once, one adds the name, and one gets the block. Iteration is
-    over the names that there were at its start; that of items() and values() leaves out what was
-    deleted meanwhile. A name has 1 to 224 bytes of UTF-8. Cost of each operation: the roots lock,
-    no system call but for the first names of a heap.
+    A value is a Block, a NumPy array, a shared list or dict, or a plain value, as in a SharedDict:
+    a plain list or dict becomes a shared one. What needs a codec is in a heap.dict that has one.
+
+    Setting and deleting are atomic: others see the old value or the new one. So are setdefault,
+    pop, popitem and compare_and_set: of several at once, one adds the name, and one gets the
+    value. Iteration is over the names that there were at its start; that of items() and values()
+    leaves out what was deleted meanwhile. A name has 1 to 224 bytes of UTF-8. Cost of each
+    operation: the roots lock, no system call but for the first names of a heap; and of what is no
+    block already, making or reading it.
     """
 
-    def __init__(self, heap: HeapBase) -> None:
-        self._heap = heap
+    def __init__(self, heap: HeapBase, codec: AnyCodec = None) -> None:
+        self.heap: Final = heap
+        self.codec: Final = codec
 
-    def __getitem__(self, name: str) -> Block:
-        block = self._heap._root_get(_encoded(name))
+    def __getitem__(self, name: str) -> Any:
+        block = self.heap._root_get(_encoded(name))
         if block is None:
             raise KeyError(name)
-        return block
+        return self._value_of(block)
 
-    def __setitem__(self, name: str, block: Block) -> None:
-        self._heap._root_set(_encoded(name), _checked(block))
+    def __setitem__(self, name: str, value: object) -> None:
+        encoded = _encoded(name)
+        self.heap._root_set(encoded, self._block_of(value))
 
     def __delitem__(self, name: str) -> None:
-        if not self._heap._root_clear(_encoded(name)):
+        if not self.heap._root_clear(_encoded(name)):
             raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._heap._root_get(_encoded(name)) is not None
+        return isinstance(name, str) and self.heap._root_get(_encoded(name)) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter([name.decode() for name in self._heap._root_names()])
+        return iter([name.decode() for name in self.heap._root_names()])
 
     def __len__(self) -> int:
-        return len(self._heap._root_names())
+        return len(self.heap._root_names())
 
-    @overload
-    def pop(self, name: str) -> Block: ...
-    @overload
-    def pop(self, name: str, default: Block | T) -> Block | T: ...
-    def pop(self, name: str, default: Any = _RAISE) -> Any:
-        """Delete a name and return its block, or the default if there is none.
+    def pop(self, name: str, default: Any = _NOTHING) -> Any:
+        """Delete a name and return its value, or the default if there is none.
 
         Raises KeyError without a default.
         """
         encoded = _encoded(name)
-        while (block := self._heap._root_get(encoded)) is not None:
-            if self._heap._root_clear(encoded, block):
-                return block
-        if default is _RAISE:
+        while (block := self.heap._root_get(encoded)) is not None:
+            value = self._value_of(block)
+            if self.heap._root_clear(encoded, block):
+                return value
+        if default is _NOTHING:
             raise KeyError(name)
         return default
 
-    def popitem(self) -> tuple[str, Block]:
-        """Delete some name and return it with its block. Raises KeyError if there is none."""
+    def popitem(self) -> tuple[str, Any]:
+        """Delete some name and return it with its value. Raises KeyError if there is none."""
         for name in self:
-            block = self.pop(name, None)
-            if block is not None:
-                return name, block
+            try:
+                return name, self.pop(name)
+            except KeyError:
+                continue
         raise KeyError("there are no roots")
 
-    def setdefault(self, name: str, default: Block | None = None) -> Block:
-        """Return the name's block; if there is none, let it stand for the default.
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return the name's value; if there is none, let it stand for the default."""
+        encoded = _encoded(name)
+        while (block := self.heap._root_get(encoded)) is None:
+            block = self._block_of(default)
+            if self.heap._root_set(encoded, block, True):
+                return default if default is block else self._value_of(block)
+        return self._value_of(block)
 
-        Raises TypeError if the default is needed and no Block.
+    def compare_and_set(self, name: str, old: object, new: object) -> bool:
+        """Let a name stand for another value if it stands for the old one now, in one step.
+
+        Values are the same if they are of one type and equal; what lies in a block (blocks, shared
+        lists and dicts, arrays, long bytes) if it is the same memory. There is no old value that
+        means "none": that is setdefault.
+
+        Args:
+            name: The root's.
+            old: What it must stand for.
+            new: What it then stands for.
+
+        Returns whether it does now; False also if there is no such name.
         """
         encoded = _encoded(name)
-        while (block := self._heap._root_get(encoded)) is None:
-            if self._heap._root_set(encoded, _checked(default), True):
-                return _checked(default)
-        return block
+        expected = values.encode(self, old)
+        block = self._block_of(new)
+        while (found := self.heap._root_get(encoded)) is not None:
+            if self._encoded_of(found) != expected:
+                return False
+            if self.heap._root_set(encoded, block, False, found):
+                return True
+        return False
 
-    def items(self) -> ItemsView[str, Block]:
-        """Return a view of the names and their blocks."""
+    def items(self) -> ItemsView[str, Any]:
+        """Return a view of the names and their values."""
         return _Items(self)
 
-    def values(self) -> ValuesView[Block]:
-        """Return a view of the blocks."""
+    def values(self) -> ValuesView[Any]:
+        """Return a view of the values."""
         return _Values(self)
 
     def clear(self) -> None:
         """Delete the names that there are now. Cost: that of deleting each."""
         for name in self:
-            self.pop(name, None)
+            self.heap._root_clear(_encoded(name))
 
     def __repr__(self) -> str:
         return f"<shmheap.Roots: {', '.join(map(repr, self)) or 'none'}>"
 
+    # Blocks of values
 
-class _Items(ItemsView[str, Block]):
+    def _block_of(self, value: object) -> Block:
+        kind, data, blocks = values.encode(self, value)
+        if kind in (values.BLOCK, values.NODE):
+            return blocks[0]
+        return self.heap._box_new(kind, data, blocks)
+
+    def _value_of(self, block: Block) -> Any:
+        return values.decode(self, *self._encoded_of(block))
+
+    def _encoded_of(self, block: Block) -> Encoded:
+        """What a root's block was made of."""
+        kind = block._node_kind
+        if kind == _core.NODE_BOX:
+            return block._unbox()
+        return values.NODE if kind else values.BLOCK, b"\0", (block,)
+
+
+class _Items(ItemsView[str, Any]):
     _mapping: Roots
 
-    def __iter__(self) -> Iterator[tuple[str, Block]]:
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         for name in self._mapping:
-            block = self._mapping.get(name)
+            block = self._mapping.heap._root_get(_encoded(name))
             if block is not None:
-                yield name, block
+                yield name, self._mapping._value_of(block)
 
 
-class _Values(ValuesView[Block]):
+class _Values(ValuesView[Any]):
     _mapping: Roots
 
-    def __iter__(self) -> Iterator[Block]:
-        return (block for _, block in _Items(self._mapping))
-
-
-def _checked(block: object) -> Block:
-    if not isinstance(block, Block):
-        raise TypeError(
-            f"a root is a Block, not {type(block).__name__}: allocate with heap.put() first"
-        )
-    return block
+    def __iter__(self) -> Iterator[Any]:
+        return (value for _, value in _Items(self._mapping))
 
 
 def _encoded(name: str) -> bytes:
