@@ -279,13 +279,13 @@ def _write_view(writer: _Writer, view: memoryview) -> tuple[int, bytes]:
         memoryview(bytes(view.itemsize)).cast(view.format)  # type: ignore[call-overload]
     except ValueError:
         raise Unfit(f"its format is {view.format!r}") from None
-    form = writer.item((view.format, view.shape, view.readonly))
+    form = view.format, view.shape, view.readonly
     if view.nbytes == 0:
-        return VIEW, form
+        return VIEW, writer.items(form, None)
     block = view.obj
     if not isinstance(block, Block) or not _is_whole(view, block, writer.home.heap):
         block = writer.home.heap.put(view if view.c_contiguous else view.tobytes())
-    return VIEW, form + writer.item(block)
+    return VIEW, writer.items(form, block)
 
 
 def _is_whole(view: memoryview, block: Block, heap: HeapBase) -> bool:
@@ -408,6 +408,13 @@ class _Reader:
     def block(self, data: bytes) -> Block:
         return self.blocks[_read_varint(data, 0)[0]]
 
+    def formed(self, data: bytes) -> tuple[Any, Block | None]:
+        """The form of an array or view, and its block, if it has one."""
+        form, block = self.items(data)
+        if block is not None and not isinstance(block, Block):
+            raise ValueError("not in a block")
+        return form, block
+
     def coded(self, data: bytes) -> Any:
         name, at = self.item(data)
         codec = self.home.codec
@@ -437,9 +444,9 @@ Read = Callable[[_Reader, bytes], Any]
 
 
 def _read_view(reader: _Reader, data: bytes) -> memoryview:
-    (format, shape, readonly), *blocks = reader.items(data)
-    view = memoryview(*blocks) if blocks else memoryview(bytearray())
-    view = view.cast(format, shape) if len(shape) > 1 and blocks else view.cast(format)
+    (format, shape, readonly), block = reader.formed(data)
+    view = memoryview(block or bytearray())
+    view = view.cast(format, shape) if len(shape) > 1 and block else view.cast(format)
     return view.toreadonly() if readonly else view
 
 
@@ -470,8 +477,7 @@ def _read_zone(reader: _Reader, data: bytes) -> Any:
 
 
 def _read_array(reader: _Reader, data: bytes) -> Any:
-    form, block = reader.items(data)
-    return arrays.array(form, block)
+    return arrays.array(*reader.formed(data))
 
 
 def _read_scalar(reader: _Reader, data: bytes) -> Any:
