@@ -460,9 +460,9 @@ class _Repr(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel = 3
-        self.maxdict = self.maxlist = 10
-        self.maxstring = self.maxother = 60
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 6
+        self.maxstring = self.maxother = 40
         self._inside = threading.local()
 
     def repr_SharedDict(self, found: SharedDict[Any, Any], level: int) -> str:  # noqa: N802
