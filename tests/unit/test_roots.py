@@ -1,14 +1,18 @@
-"""Named roots: blocks that live because they have a name."""
+"""Named roots: what lives because it has a name."""
 
 from __future__ import annotations
 
+import datetime as dt
+import itertools
 import pickle
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
 
 import pytest
 from by_hand import HeapByHand
 
-from shmheap import Heap, HeapError, Roots
+from shmheap import Heap, HeapError, Roots, values
 
 
 @pytest.fixture
@@ -132,8 +136,8 @@ def test_only_blocks_of_this_heap_can_be_roots(
         block = other.heap.put(b"abc")
         with pytest.raises(ValueError, match="another heap"):
             hand.heap.roots["a"] = block
-        with pytest.raises(TypeError, match=r"heap\.put"):
-            hand.heap.roots["a"] = b"abc"  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="another heap"):
+            hand.heap.roots["a"] = (1, block)
         assert len(hand.heap.roots) == 0
 
 
@@ -205,9 +209,8 @@ def test_setdefault_replaced_what_another_had_set_meanwhile(
     assert meanwhile.done == 1
     assert heap.roots["a"] == theirs
     assert heap.roots.setdefault("b", ours) is ours
-    with pytest.raises(TypeError, match="NoneType"):
-        heap.roots.setdefault("c")
-    heap.roots.clear()
+    assert heap.roots.setdefault("c") is None
+    assert "c" in heap.roots
 
 
 def test_items_and_popitem_raised_for_what_another_had_deleted_meanwhile(
@@ -250,3 +253,115 @@ def test_there_is_a_largest_number_of_names(hand: HeapByHand) -> None:
     roots["one more"] = block
     assert len(roots) == 65536
     assert bytes(roots["65535"]) == b"abc"
+
+
+# Values that are no blocks
+
+VALUES = [None, 5, 2**100, 0.5, "é", b"abc", (1, ("a",)), frozenset({1}), dt.date(2024, 2, 29)]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_a_root_is_any_value(hand: HeapByHand, value: Any) -> None:
+    roots = hand.heap.roots
+    roots["a"] = value
+    hand.collect()
+    assert roots["a"] == value
+    assert type(roots["a"]) is type(value)
+    assert [*roots.items()] == [("a", value)]
+    assert roots.setdefault("a", 7) == value
+    assert roots.setdefault("b", value) == value
+    assert roots.pop("a") == value
+    assert roots.popitem() == ("b", value)
+    assert hand.stats.heap_objects == 0
+
+
+def test_roots_of_arrays_and_collections(hand: HeapByHand) -> None:
+    roots = hand.heap.roots
+    array = hand.heap.ndarray((2, 3))
+    roots["array"] = array[:, 1:]
+    roots["dict"] = {"a": [1]}
+    roots["list"] = shared = hand.heap.list()
+    roots["both"] = (array, hand.heap.put(b"abc"), roots["dict"])
+    array[1, 2] = 5.0
+    del array
+    hand.collect()
+    assert roots["array"].tolist() == [[0, 0], [0, 5]]
+    roots["dict"]["a"].append(2)
+    assert roots["both"][2] == {"a": [1, 2]}
+    assert bytes(roots["both"][1]) == b"abc"
+    roots["list"].append(roots["list"])
+    assert shared[0] == shared
+    roots.clear()
+    shared.clear()
+    del shared
+    assert hand.stats.heap_objects == 0
+
+
+def test_what_needs_a_codec_is_a_type_error(heap: Heap) -> None:
+    with pytest.raises(TypeError, match="set cannot be shared without a codec"):
+        heap.roots["a"] = {1}
+    with pytest.raises(TypeError, match="without a codec"):
+        heap.roots.setdefault("a", {1})
+    assert "a" not in heap.roots
+    heap.roots["a"] = heap.dict(value={"b": {1}}, codec="pickle")
+    with pytest.raises(TypeError, match="by the codec 'pickle'"):
+        heap.roots["a"]["b"]
+    assert heap.dict("a", codec="pickle")["b"] == {1}
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_compare_and_set(heap: Heap, value: Any) -> None:
+    roots = heap.roots
+    assert not roots.compare_and_set("a", value, 1)
+    assert "a" not in roots
+    roots["a"] = value
+    assert not roots.compare_and_set("a", "other", 1)
+    assert roots["a"] == value
+    assert roots.compare_and_set("a", value, {"b": 1})
+    assert roots["a"] == {"b": 1}
+
+
+def test_compare_and_set_of_what_lies_in_blocks(hand: HeapByHand) -> None:
+    roots = hand.heap.roots
+    block, array, shared = hand.heap.put(b"a"), hand.heap.ndarray(3), hand.heap.dict()
+    lie_in_blocks = [block, array, shared, bytes(100_000), (block, array)]
+    for value, other in itertools.pairwise([*lie_in_blocks, 1]):
+        roots["a"] = value
+        now = roots["a"]
+        assert roots.compare_and_set("a", now, other)
+        assert not roots.compare_and_set("a", now, 2)
+    roots["a"] = array
+    assert roots.compare_and_set("a", array[:], array)
+    for equal in (hand.heap.ndarray(3), array.copy(), array[:2], hand.heap.put(b"a"), {}):
+        assert not roots.compare_and_set("a", equal, array)
+    for one, other in [(1, True), (1, 1.0), (0.0, -0.0), ("a", b"a")]:
+        roots["a"] = one
+        assert not roots.compare_and_set("a", other, 2), "of another type"
+
+
+def test_compare_and_set_when_another_sets_it_meanwhile(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heap.roots["a"] = 1
+    other, same = heap.put(b"x"), heap._box_new(*values.encode(heap.roots, 1))
+    for theirs, done in [(other, False), (same, True)]:
+        with monkeypatch.context() as patch:
+            Meanwhile(patch, "_root_get", lambda theirs=theirs: heap._root_set(b"a", theirs))
+            assert heap.roots.compare_and_set("a", 1, 2) is done
+        heap.roots["a"] = 1
+
+
+def test_a_counter_of_many_threads(heap: Heap) -> None:
+    heap.roots["n"] = 0
+
+    def count() -> None:
+        for _ in range(200):
+            while not heap.roots.compare_and_set("n", now := heap.roots["n"], now + 1):
+                pass
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert heap.roots["n"] == 800
