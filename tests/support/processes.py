@@ -283,6 +283,11 @@ def attempt(kept: Kept, name: str, *args: Any) -> str:
     return _attempt(lambda: operator.attrgetter(path)(found)(*args))
 
 
+def work(kept: Kept, key: str, name: str, *args: Any) -> Any:
+    """Call a function of shared_work with what is kept."""
+    return getattr(import_module("shared_work"), name)(kept[key], *args)
+
+
 def _attempt(action: Callable[[], object]) -> str:
     try:
         return f"returned {action()!r}".replace("\n", " ")
@@ -356,6 +361,7 @@ ACTIONS: dict[str, Callable[..., Any]] = {
         fork_elsewhere,
         become,
         attempt,
+        work,
         fork_and_leave,
         fork_twice,
         die,
