@@ -228,15 +228,15 @@ class SharedDict(_Shared, DictBase, MutableMapping[K, V], Generic[K, V]):
         self.update(value)
 
     def __iter__(self) -> Iterator[K]:
-        return (key for key, _ in self._entries())
+        return (key for key, _ in self._entries(True))
 
     def __reversed__(self) -> Iterator[K]:
         return reversed([*self])
 
-    def _entries(self) -> Iterator[tuple[K, V]]:
+    def _entries(self, keys_only: bool = False) -> Iterator[tuple[K, V]]:
         stamp = self._stamp()
         position = 0
-        while (entry := self._next(position, stamp)) is not None:
+        while (entry := self._next(position, stamp, keys_only)) is not None:
             position = entry[0]
             yield entry[1:]
 
@@ -357,43 +357,40 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
             super().__setitem__(index, value)
             return
         given = list(value)
-        if index.step is None or operator.index(index.step) == 1:
-            start = 0 if index.start is None else operator.index(index.start)
-            stop = END if index.stop is None else operator.index(index.stop)
-            self._splice(start, stop, given)
+        if _is_whole(index):
+            self._replace(index, given)
         else:
             self._change(lambda found: found.__setitem__(index, given))
 
     def __delitem__(self, index: SupportsIndex | slice) -> None:
-        if isinstance(index, slice):
-            if index.step is None or operator.index(index.step) == 1:
-                self[index] = ()
-            else:
-                self._change(lambda found: found.__delitem__(index))
-            return
-        place = operator.index(index)
-        while True:
-            stamp = self._stamp()
-            at = range(len(self))[place]
-            if self._splice_if(stamp, at, at + 1, []):
-                return
+        if isinstance(index, slice) and not _is_whole(index):
+            self._change(lambda found: found.__delitem__(index))
+        else:
+            self._replace(index, [])
 
     def insert(self, index: SupportsIndex, value: V) -> None:
         """Put a value before the one at a place."""
-        at = operator.index(index)
-        self._splice(at, at, [value])
+        self._replace(slice(index, index), [value])
 
     def extend(self, values: Iterable[V]) -> None:
         """Append values, all of them in one step."""
-        self._splice(END, END, list(values))
+        self._splice(-1, -1, list(values), 0)
 
     def clear(self) -> None:
         """Remove all values in one step."""
-        self._splice(0, END, [])
+        self._replace(slice(None), [])
 
     def pop(self, index: SupportsIndex = -1) -> V:
         """Remove and return the value at a place. Raises IndexError if there is none."""
-        return cast(V, self._pop(operator.index(index)))
+        place = operator.index(index)
+        if place == -1:
+            return cast(V, self._pop())
+        while True:
+            stamp = self._stamp()
+            at = range(len(self))[place]
+            value: V = self[at]
+            if self._splice(at, at + 1, [], stamp, True):
+                return value
 
     def remove(self, value: V) -> None:
         """Remove the first such value. Raises ValueError if there is none. Cost: reads all."""
@@ -424,13 +421,27 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
         """Return a plain list of the same values; what is nested in it is shared as before."""
         return self._snapshot()
 
+    def _replace(self, part: SupportsIndex | slice, values: list[V]) -> None:
+        """Put values in the place of a part of it, in one step."""
+        while True:
+            stamp = self._stamp()
+            places = range(len(self))
+            if isinstance(part, slice):
+                start, stop, _ = part.indices(len(places))
+            else:
+                start = places[operator.index(part)]
+                stop = start + 1
+            if self._splice(start, max(start, stop), values, stamp):
+                return
+
     def _change(self, change: Callable[[list[V]], object]) -> None:
         """Change it as a plain list, in one step; again if it changed meanwhile."""
         while True:
             stamp = self._stamp()
             found = self._snapshot()
+            size = len(found)
             change(found)
-            if self._splice_if(stamp, 0, END, found):
+            if self._splice(0, size, found, stamp, True):
                 return
 
     def __eq__(self, other: object) -> bool:
@@ -453,6 +464,11 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
         number = operator.index(times)
         self._change(lambda found: found.__imul__(number))
         return self
+
+
+def _is_whole(part: slice) -> bool:
+    """Whether a slice is a part without gaps, in the list's order."""
+    return part.step is None or operator.index(part.step) == 1
 
 
 class _Repr(reprlib.Repr):

@@ -14,7 +14,7 @@ from shmheap._core import Block
 
 if TYPE_CHECKING:
     from shmheap._core import HeapBase
-    from shmheap.values import AnyCodec, Encoded
+    from shmheap.values import AnyCodec
 
 __all__ = ["Roots"]
 
@@ -112,7 +112,7 @@ class Roots(MutableMapping[str, Any]):
         expected = values.encode(self, old)
         block = self._block_of(new)
         while (found := self.heap._root_get(encoded)) is not None:
-            if self._encoded_of(found) != expected:
+            if values.encode(self, self._value_of(found)) != expected:
                 return False
             if self.heap._root_set(encoded, block, False, found):
                 return True
@@ -137,20 +137,15 @@ class Roots(MutableMapping[str, Any]):
     # Blocks of values
 
     def _block_of(self, value: object) -> Block:
-        kind, data, blocks = values.encode(self, value)
+        kind, _, blocks = values.encode(self, value)
         if kind in (values.BLOCK, values.NODE):
             return blocks[0]
-        return self.heap._box_new(kind, data, blocks)
+        return self.heap._box_new(value, self)
 
     def _value_of(self, block: Block) -> Any:
-        return values.decode(self, *self._encoded_of(block))
-
-    def _encoded_of(self, block: Block) -> Encoded:
-        """What a root's block was made of."""
-        kind = block._node_kind
-        if kind == _core.NODE_BOX:
-            return block._unbox()
-        return values.NODE if kind else values.BLOCK, b"\0", (block,)
+        if block._node_kind == _core.NODE_RECORD:
+            return self.heap._unbox(block, self)
+        return values.open_node(self, block) if block._node_kind else block
 
 
 class _Items(ItemsView[str, Any]):

@@ -21,9 +21,9 @@ import itertools
 import pickle
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
-from shmheap import arrays
+from shmheap import _core, arrays
 from shmheap._core import Block
 from shmheap.arrays import Unfit
 from shmheap.errors import HeapCorrupt
@@ -44,11 +44,10 @@ __all__ = [
     "share_as",
 ]
 
-BIG_BYTES = 1 << 16
-"""Longer bytes get a block of their own. Up to here copying costs microseconds, a block and a view
-of it one; and blocks up to here come from free lists, without the heap lock."""
+BIG_BYTES: Final = _core.MAX_VALUE_BYTES
+"""Longer bytes get a block of their own, of which a view comes back; shorter ones are copied."""
 
-MAX_BLOCKS = 255
+MAX_BLOCKS: Final = _core.MAX_VALUE_BLOCKS
 """Blocks that the core lets one value name."""
 
 NONE, FALSE, TRUE, INT, FLOAT, STR, BYTES = range(7)
@@ -124,11 +123,11 @@ def encode(home: Home, value: object) -> Encoded:
         HeapFull: There is no room for what gets a block of its own.
     """
     if type(value) is tuple or type(value) in _plain_types:
-        value = _shared(home, value)
+        value = _Sharing(home).all(value)
     writer = _Writer(home)
     kind, data = writer.value(value)
     if len(data) > BIG_BYTES or len(writer.blocks) > MAX_BLOCKS:
-        return _far(home.heap, kind, data, writer.blocks)
+        return _far(home, kind, data, writer.blocks)
     return kind, data, tuple(writer.blocks)
 
 
@@ -171,30 +170,35 @@ def open_node(home: Home, block: Block) -> Any:
 # Plain lists and dicts become shared ones
 
 
-def _shared(home: Home, value: object) -> object:
-    """Replace each plain list and dict in a value, however deep; the same one by the same."""
-    made: dict[int, tuple[object, Any]] = {}  # by id(), with what keeps that its own
-    todo: list[tuple[Any, Any]] = []
+class _Sharing:
+    """Replaces each plain list and dict in a value by a shared one, the same by the same."""
 
-    def shared(value: Any) -> Any:
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._made: dict[int, tuple[Any, Any]] = {}  # by id(), with what keeps that its own
+        self._todo: list[tuple[Any, Any]] = []
+
+    def all(self, value: object) -> object:
+        """The value with all that is in it, however deep."""
+        found = self._one(value)
+        while self._todo:
+            plain, new = self._todo.pop()
+            if isinstance(plain, dict):
+                new.update({key: self._one(item) for key, item in plain.items()})
+            else:
+                new.extend(list(map(self._one, plain)))
+        return found
+
+    def _one(self, value: Any) -> Any:
         if type(value) is tuple:
-            return tuple(map(shared, value))
+            return tuple(map(self._one, value))
         kind = _plain_types.get(type(value))
         if kind is None:
             return value
-        if id(value) not in made:
-            made[id(value)] = value, kind._new(home.heap, home.codec)
-            todo.append(made[id(value)])
-        return made[id(value)][1]
-
-    found = shared(value)
-    while todo:
-        plain, new = todo.pop()
-        if isinstance(plain, dict):
-            new.update({key: shared(item) for key, item in plain.items()})
-        else:
-            new.extend(list(map(shared, plain)))
-    return found
+        if id(value) not in self._made:
+            self._made[id(value)] = value, kind._new(self._home.heap, self._home.codec)
+            self._todo.append(self._made[id(value)])
+        return self._made[id(value)][1]
 
 
 # Writing
@@ -326,13 +330,13 @@ def _write_scalar(writer: _Writer, value: Any) -> tuple[int, bytes]:
     return SCALAR, writer.item(text) + value.tobytes()
 
 
-def _far(heap: HeapBase, kind: int, data: bytes, blocks: list[Block]) -> Encoded:
+def _far(home: Home, kind: int, data: bytes, blocks: list[Block]) -> Encoded:
     """Bytes in a block, and blocks in as many levels of boxes as are needed."""
-    held = [*blocks, heap.put(data)]
+    held = [*blocks, home.heap.put(data)]
     levels = 0
     while len(held) > MAX_BLOCKS:
         parts = (held[at : at + MAX_BLOCKS] for at in range(0, len(held), MAX_BLOCKS))
-        held = [heap._box_new(NONE, b"", tuple(part)) for part in parts]
+        held = [home.heap._box_new(tuple(part), home) for part in parts]
         levels += 1
     return FAR, bytes((kind, levels)), tuple(held)
 
@@ -435,7 +439,8 @@ class _Reader:
         kind, levels = data
         held = self.blocks
         for _ in range(levels):
-            held = tuple(itertools.chain.from_iterable(box._unbox()[2] for box in held))
+            boxes = [self.home.heap._unbox(box, self.home) for box in held]
+            held = tuple(itertools.chain.from_iterable(boxes))
         self.blocks = held[:-1]
         return self.value(kind, bytes(held[-1]))
 

@@ -334,28 +334,28 @@ def test_what_looks_at_all_is_done_again_if_it_changed_meanwhile(
     heap: Heap, monkeypatch: pytest.MonkeyPatch, change: Any, expected: list[int]
 ) -> None:
     shared = heap.list(value=[3, 1, 2])
-    tried = SharedList._splice_if
+    tried = SharedList._splice
 
-    def splice_if(self: Any, *args: Any) -> bool:
+    def splice(self: Any, *args: Any) -> bool:
         monkeypatch.undo()
         self.append(4)  # in the role of another process
         return tried(self, *args)
 
-    monkeypatch.setattr(SharedList, "_splice_if", splice_if)
+    monkeypatch.setattr(SharedList, "_splice", splice)
     change(shared)
     assert shared == expected
 
 
 def test_setting_meanwhile_is_not_lost_either(heap: Heap, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = heap.list(value=[3, 1, 2])
-    tried = SharedList._splice_if
+    tried = SharedList._splice
 
-    def splice_if(self: Any, *args: Any) -> bool:
+    def splice(self: Any, *args: Any) -> bool:
         monkeypatch.undo()
         self[0] = 9
         return tried(self, *args)
 
-    monkeypatch.setattr(SharedList, "_splice_if", splice_if)
+    monkeypatch.setattr(SharedList, "_splice", splice)
     shared.sort()
     assert shared == [1, 2, 9]
 

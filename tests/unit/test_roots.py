@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from by_hand import HeapByHand
 
-from shmheap import Heap, HeapError, Roots, values
+from shmheap import Heap, HeapError, Roots
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_compare_and_set_when_another_sets_it_meanwhile(
     heap: Heap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heap.roots["a"] = 1
-    other, same = heap.put(b"x"), heap._box_new(*values.encode(heap.roots, 1))
+    other, same = heap.put(b"x"), heap._box_new(1, heap.roots)
     for theirs, done in [(other, False), (same, True)]:
         with monkeypatch.context() as patch:
             Meanwhile(patch, "_root_get", lambda theirs=theirs: heap._root_set(b"a", theirs))
