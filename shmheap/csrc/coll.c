@@ -167,8 +167,8 @@ void sh_coll_changed(struct sh_use *u)
 }
 
 /* Makes a collection with an empty body. */
-static enum sh_status coll_new(struct sh_ctx *c, uint32_t kind, struct sh_ref *body, int wait_ms,
-                               struct sh_ref *r)
+static enum sh_status try_new(struct sh_ctx *c, uint32_t kind, struct sh_ref *body, int wait_ms,
+                              struct sh_ref *r)
 {
     enum sh_status status =
         sh_node_new(c, kind, 1, sizeof(struct sh_coll) - sizeof(struct sh_node) - 8, wait_ms, r);
@@ -183,7 +183,7 @@ static enum sh_status coll_new(struct sh_ctx *c, uint32_t kind, struct sh_ref *b
 enum sh_status sh_coll_new(struct sh_ctx *c, uint32_t kind, struct sh_ref *body, int wait_ms,
                            struct sh_ref *r)
 {
-    enum sh_status status = coll_new(c, kind, body, wait_ms, r), dropped;
+    enum sh_status status = try_new(c, kind, body, wait_ms, r), dropped;
     do
         dropped = sh_unpin(c, body, 1000);
     while (dropped == SH_BUSY);

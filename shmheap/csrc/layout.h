@@ -249,7 +249,9 @@ struct sh_coll {
     _Atomic uint64_t body;       /* W: holder of lock */
     _Atomic uint64_t lock;       /* who is changing it, as in a process lock; 0 = nobody; W: they */
     _Atomic uint64_t held;       /* who has it by lock() in Python, likewise; guards nothing here */
-    _Atomic uint64_t stamp;      /* how often size or order changed; W: holder of lock */
+    /* How often size or order changed; of a list below 2^32, and above how often an item was set.
+     * W: holder of lock */
+    _Atomic uint64_t stamp;
 };
 
 /* Behind a table's references: a hash table of their places, open addressing, twice as long. A

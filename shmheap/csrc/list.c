@@ -168,6 +168,9 @@ static enum sh_status unlock(struct sh_ctx *c, struct sh_use *u, enum sh_status 
     return status == SH_OK ? after : status;
 }
 
+/* A list's stamp: below, how often size or order changed; above, how often an item was set. */
+#define SET_ONE (1ull << 32)
+
 static enum sh_status set_at(struct sh_ctx *c, struct sh_use *u, int64_t i,
                              const struct sh_value *v)
 {
@@ -175,9 +178,11 @@ static enum sh_status set_at(struct sh_ctx *c, struct sh_use *u, int64_t i,
     if (!index_of(i, len_of(u), &at))
         return SH_ABSENT;
     enum sh_status status = make_item(c, v, &item);
-    if (status == SH_OK)
-        put(c, item_at(u, at), item);
-    return status;
+    if (status != SH_OK)
+        return status;
+    put(c, item_at(u, at), item);
+    sh_bump(&sh_coll_of(u)->stamp, SET_ONE);
+    return SH_OK;
 }
 
 enum sh_status sh_list_set(struct sh_ctx *c, struct sh_use *u, int64_t i, const struct sh_value *v,
@@ -392,7 +397,8 @@ static enum sh_status splice(struct sh_ctx *c, struct sh_use *u, const struct sh
     uint64_t len = len_of(u), stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, RLX);
     if (s->always)
         part.start = part.stop = len;
-    else if (s->stamp != stamp || s->stop > len || s->start > s->stop)
+    else if ((uint32_t)s->stamp != (uint32_t)stamp || (s->exact && s->stamp != stamp) ||
+             s->stop > len || s->start > s->stop)
         return SH_CHANGED;
     if (len - (part.stop - part.start) + staged(s) > to.room)
         return SH_AGAIN;

@@ -230,6 +230,7 @@ enum sh_status sh_dict_next(struct sh_ctx *, struct sh_use *, uint64_t *place, u
 struct sh_splice {
     uint64_t start, stop, stamp; /* of the list that they are meant for */
     bool always;                 /* at its end, whatever it is */
+    bool exact;                  /* nor may an item have been set */
     const struct sh_ref *stage;  /* items to come, or NULL */
 };
 enum sh_status sh_list_get(struct sh_ctx *, struct sh_use *, int64_t i, int wait_ms,

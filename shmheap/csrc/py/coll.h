@@ -30,7 +30,7 @@ struct value {
     struct sh_ref refs[4], *more; /* of what it names */
     PyObject *owner;              /* keeps bytes and blocks */
 };
-/* container: a collection or a heap, which Python is told */
+/* container: a collection, or the named roots; Python is told */
 bool value_from(PyObject *container, struct box *, PyObject *, struct value *);
 void value_end(struct value *);
 PyObject *value_decode(PyObject *container, struct box *, struct sh_found *); /* ends the find */

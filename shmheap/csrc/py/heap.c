@@ -285,13 +285,16 @@ static PyObject *heap_list_new(Heap *self, PyObject *unused)
     return new_node(self, sh_list_new);
 }
 
-/* _box_new(value) -> Block: a value that stands alone, as in a collection */
-static PyObject *heap_box_new(Heap *self, PyObject *object)
+/* _box_new(value, home) -> Block: a value that stands alone, as in a collection; home is what
+ * shmheap.values is told of where it is */
+static PyObject *heap_box_new(Heap *self, PyObject *args)
 {
     struct box *b = self->box;
+    PyObject *object, *home;
     struct value value;
     enum sh_status s;
-    if (!box_usable(b) || !value_from((PyObject *)self, b, object, &value))
+    if (!PyArg_ParseTuple(args, "OO:_box_new", &object, &home) || !box_usable(b) ||
+        !value_from(home, b, object, &value))
         return NULL;
     Block *block = block_new(b);
     if (block != NULL) {
@@ -307,7 +310,7 @@ static PyObject *heap_box_new(Heap *self, PyObject *object)
     return (PyObject *)block;
 }
 
-/* _unbox(block) -> the value that _box_new put into it */
+/* _unbox(block, home) -> the value that _box_new put into it */
 static PyObject *heap_unbox(Heap *self, PyObject *args)
 {
     struct box *b = self->box;
@@ -315,14 +318,15 @@ static PyObject *heap_unbox(Heap *self, PyObject *args)
     struct sh_ref ref;
     enum sh_status s;
     Block *block;
-    if (!PyArg_ParseTuple(args, "O!:_unbox", state->block_type, &block) || !box_usable(b) ||
+    PyObject *home;
+    if (!PyArg_ParseTuple(args, "O!O:_unbox", state->block_type, &block, &home) || !box_usable(b) ||
         !handle_usable(block))
         return NULL;
     if (!ref_here(b, block, &ref) || node_kind(&ref) != SH_NODE_RECORD)
         return PyErr_Format(PyExc_TypeError, "the block holds no value");
     box_enter(b);
     DO(b, s, sh_record_get(&b->ctx, &ref, wait, &f));
-    PyObject *value = s == SH_OK ? value_decode((PyObject *)self, b, &f) : NULL;
+    PyObject *value = s == SH_OK ? value_decode(home, b, &f) : NULL;
     if (s != SH_OK && !PyErr_Occurred())
         fail(b, s);
     box_leave(b);
@@ -758,7 +762,7 @@ static PyMethodDef heap_methods[] = {
     {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
     {"_dict_new", (PyCFunction)heap_dict_new, METH_NOARGS, NULL},
     {"_list_new", (PyCFunction)heap_list_new, METH_NOARGS, NULL},
-    {"_box_new", (PyCFunction)heap_box_new, METH_O, NULL},
+    {"_box_new", (PyCFunction)heap_box_new, METH_VARARGS, NULL},
     {"_unbox", (PyCFunction)heap_unbox, METH_VARARGS, NULL},
     {"_node_new", (PyCFunction)heap_node_new, METH_VARARGS, NULL},
     {"_node_load", (PyCFunction)heap_node_load, METH_VARARGS, NULL},

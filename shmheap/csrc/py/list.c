@@ -182,17 +182,20 @@ static bool stage_all(Coll *self, PyObject *items, struct sh_ref *stage)
     return true;
 }
 
-/* _splice(start, stop, items, stamp) -> whether the list was that of the stamp, and so was changed;
- * _splice(-1, -1, items, 0): at its end, whatever it is. */
+/* _splice(start, stop, items, stamp, exact=False) -> whether the list was that of the stamp, and so
+ * was changed; exact: nor was an item set since. _splice(-1, -1, items, 0): at its end, whatever it
+ * is. */
 static PyObject *list_splice(Coll *self, PyObject *args)
 {
     Py_ssize_t start, stop;
+    int exact = 0;
     PyObject *items;
     unsigned long long stamp;
     struct sh_ref stage;
     enum sh_status s = SH_NOMEM;
     struct box *b = self->box;
-    if (!PyArg_ParseTuple(args, "nnO!K:_splice", &start, &stop, &PyList_Type, &items, &stamp) ||
+    if (!PyArg_ParseTuple(args, "nnO!K|p:_splice", &start, &stop, &PyList_Type, &items, &stamp,
+                          &exact) ||
         !coll_usable(self))
         return NULL;
     box_enter(b);
@@ -201,6 +204,7 @@ static PyObject *list_splice(Coll *self, PyObject *args)
                                  .stop = (uint64_t)stop,
                                  .stamp = stamp,
                                  .always = start < 0,
+                                 .exact = exact,
                                  .stage = &stage};
         DO(b, s, sh_list_splice(&b->ctx, &self->use, &part, wait));
         if (s != SH_OK && s != SH_CHANGED && !PyErr_Occurred())

@@ -62,6 +62,20 @@ static double get_double(const uint8_t *bytes, uint32_t len)
     return d;
 }
 
+/* The text's UTF-8; lone surrogates are kept as they are, as in file names. */
+static const char *utf8_of(PyObject *o, Py_ssize_t *n, PyObject **owner)
+{
+    const char *utf8 = PyUnicode_AsUTF8AndSize(o, n);
+    if (utf8 != NULL || !PyErr_ExceptionMatches(PyExc_UnicodeEncodeError))
+        return utf8;
+    PyErr_Clear();
+    *owner = PyUnicode_AsEncodedString(o, "utf-8", "surrogatepass");
+    if (*owner == NULL)
+        return NULL;
+    *n = PyBytes_Size(*owner);
+    return PyBytes_AsString(*owner);
+}
+
 /* Values */
 
 static bool plain(struct value *value, uint32_t kind, const void *bytes, uint64_t nbytes)
@@ -87,7 +101,7 @@ static bool scalar(PyObject *o, struct value *value)
         return plain(value, SH_V_FLOAT, value->bytes,
                      put_double(PyFloat_AsDouble(o), value->bytes));
     if (PyUnicode_CheckExact(o)) {
-        const char *utf8 = PyUnicode_AsUTF8AndSize(o, &n);
+        const char *utf8 = utf8_of(o, &n, &value->owner);
         return utf8 != NULL && plain(value, SH_V_STR, utf8, (uint64_t)n);
     }
     if (PyBytes_CheckExact(o) && PyBytes_AsStringAndSize(o, (char **)&value->v.bytes, &n) == 0)
@@ -132,6 +146,7 @@ static bool other(PyObject *container, struct box *b, PyObject *o, struct value 
     Py_ssize_t n;
     if (!load_values())
         return false;
+    Py_CLEAR(value->owner);
     value->owner = PyObject_CallFunctionObjArgs(state->encode_value, container, o, NULL);
     if (value->owner == NULL)
         return false;
@@ -178,7 +193,7 @@ static PyObject *scalar_of(uint32_t kind, const uint8_t *bytes, uint32_t n)
     case SH_V_FLOAT:
         return PyFloat_FromDouble(get_double(bytes, n));
     case SH_V_STR:
-        return PyUnicode_DecodeUTF8((const char *)bytes, (Py_ssize_t)n, "strict");
+        return PyUnicode_DecodeUTF8((const char *)bytes, (Py_ssize_t)n, "surrogatepass");
     case SH_V_BYTES:
         return PyBytes_FromStringAndSize((const char *)bytes, (Py_ssize_t)n);
     default:
@@ -329,7 +344,7 @@ static bool find_key(PyObject *o, struct key *key)
 {
     Py_ssize_t n = 0;
     if (PyUnicode_Check(o)) {
-        const char *utf8 = PyUnicode_AsUTF8AndSize(o, &n);
+        const char *utf8 = utf8_of(o, &n, &key->owner);
         return utf8 != NULL && key_is(key, SH_V_STR, AS_IT_IS, utf8, (uint64_t)n);
     }
     if (PyBool_Check(o))
