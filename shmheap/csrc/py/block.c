@@ -1,6 +1,6 @@
 /* The type Block: a handle, which holds a block for this process. */
 
-#include "coll.h"
+#include "py.h"
 
 /* Drops the pin. Cannot fail: it waits as long as it takes, without the GIL. Nobody else may have
  * the block in hand by then. */

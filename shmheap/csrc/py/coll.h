@@ -62,17 +62,6 @@ void found_end(struct box *, struct sh_found *);
 PyObject *coll_new(PyTypeObject *, PyObject *args, PyObject *kwargs, uint32_t kind);
 void coll_dealloc(Coll *);
 bool coll_usable(Coll *);
-
-/* enum sh_node_kind, 0 for a leaf */
-static inline uint32_t node_kind(const struct sh_ref *r)
-{
-    uint64_t w = atomic_load_explicit(r->word, memory_order_acquire);
-    return w & SH_NODE ? SH_NODE_KIND(atomic_load(&((struct sh_node *)r->data)->head)) : 0;
-}
-static inline uint32_t node_refs(const struct sh_ref *r)
-{
-    return SH_NODE_NREFS(atomic_load(&((struct sh_node *)r->data)->head));
-}
 Py_ssize_t coll_len(Coll *);
 PyObject *coll_stamp(Coll *, PyObject *unused);
 PyObject *coll_try_lock(Coll *, PyObject *unused);

@@ -163,6 +163,17 @@ static inline bool ref_here(const struct box *b, const Block *block, struct sh_r
     return block->box->ctx.hdr->nonce == b->ctx.hdr->nonce;
 }
 
+/* enum sh_node_kind, 0 for a leaf */
+static inline uint32_t node_kind(const struct sh_ref *r)
+{
+    uint64_t w = atomic_load_explicit(r->word, memory_order_acquire);
+    return w & SH_NODE ? SH_NODE_KIND(atomic_load(&((struct sh_node *)r->data)->head)) : 0;
+}
+static inline uint32_t node_refs(const struct sh_ref *r)
+{
+    return SH_NODE_NREFS(atomic_load(&((struct sh_node *)r->data)->head));
+}
+
 /* numbers.c */
 PyObject *stats_of(const struct sh_ctx *);
 PyObject *check_of(struct box *);
