@@ -4,6 +4,7 @@
  *
  *     main.c     one row: step a victim through an operation, and what is done at each point
  *     scenes.c   the operations, and the heaps that they find
+ *     colls.c    shared dicts and lists: what is in them before, and must be in them after
  *     victim.c   a process that is stepped; its arena as others see it; the copy at its death
  *     recover.c  what survivors do in the copy
  */
@@ -28,7 +29,8 @@ enum {
     LEADS = 1,       /* the victim is the coordinator */
     COMES = 2,       /* ... or becomes a user or the coordinator by the operation */
     TAKES_LEASE = 4, /* the witness's lease on scene.taken may be gone afterwards */
-    MAX_KEPT = 64
+    MAX_KEPT = 64,
+    MAX_ITEMS = 20
 };
 
 struct scene;
@@ -56,12 +58,25 @@ struct scene {
     struct sh_ref mine, other; /* blocks of the victim */
     struct handle taken;       /* a handle that the victim opens */
     uint32_t dead_slot, page[4];
+    struct sh_use coll, use; /* a collection: the witness's handle, and the victim's */
+    struct sh_splice part;
+    uint8_t was[MAX_ITEMS], will[MAX_ITEMS]; /* what is in it before and after the operation */
 };
 
 void scene_make(struct scene *, const struct op *, enum stage);
 void scene_end(struct scene *);
 void fill_block(struct sh_ref *, uint8_t byte);
 void block_must_be_whole(const struct sh_ref *, int byte); /* -1: any one byte */
+
+/* Collections */
+
+struct sh_value item_value(uint8_t byte);
+enum sh_status item_put(struct sh_ctx *, struct sh_use *, uint32_t i, uint8_t byte);
+enum sh_status item_pop(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
+enum sh_status item_get(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
+void coll_make(struct scene *, bool list, uint32_t n);
+void coll_must_be_whole(struct scene *);
+void coll_end(struct scene *);
 
 /* Victims */
 

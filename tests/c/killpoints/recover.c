@@ -116,6 +116,7 @@ static void drop_everything(struct scene *s)
     for (uint32_t i = 0; i < s->nkept; i++)
         block_drop(&s->witness, &s->kept[i]);
     clear_roots(&s->witness);
+    coll_end(s);
     if (atomic_load(&s->witness.slot->waiting) != 0)
         sh_waiting(&s->witness, false);
     arena_leave(&s->witness);
@@ -160,6 +161,8 @@ static void recover(struct scene *s, bool successor)
     must_be_without_violations(w);
     work(w); /* before any coordinator comes */
     must_be_without_violations(w);
+    if (successor) /* else the dead one has been reaped before its lock is taken */
+        coll_must_be_whole(s);
     CHECK_OK(sh_map(&lead, dup(w->fd), true));
     CHECK_OK(sh_attach_coordinator(&lead, 1000));
     if (successor)
@@ -170,6 +173,7 @@ static void recover(struct scene *s, bool successor)
     kernel_must_agree(&lead);
     kept_must_be_whole(s);
     leases_must_be_counted(s);
+    coll_must_be_whole(s);
     work(w);
     kept_must_be_whole(s);
     drop_everything(s);

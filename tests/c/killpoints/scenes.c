@@ -490,6 +490,161 @@ static void drop_a_slice(struct scene *s)
     CHECK_IS(sh_unpin(V, &s->mine, 1000), SH_DEFERRED);
 }
 
+/* Users: collections. The victim puts NEW somewhere; the old body is pinned by the witness, too,
+ * except where that says otherwise. */
+
+#define NEW  200u
+#define FEW  5u
+#define FULL 8u /* as many as the first body has room for */
+
+static void dict_to_add(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    s->will[FEW] = NEW;
+}
+static void dict_to_replace(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    s->will[2] = NEW;
+}
+static void dict_to_delete(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    s->will[2] = 0;
+}
+static void dict_to_grow(struct scene *s)
+{
+    coll_make(s, false, FULL);
+    s->will[FULL] = NEW;
+}
+static void dict_to_clear(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    memset(s->will, 0, sizeof s->will);
+    CHECK_OK(sh_use_end(W, &s->coll, 1000)); /* the victim alone has the old body */
+}
+static void dict_to_get(struct scene *s)
+{
+    coll_make(s, false, FEW);
+}
+static void list_to_append(struct scene *s)
+{
+    coll_make(s, true, FEW);
+    s->will[FEW] = NEW;
+}
+static void list_to_grow(struct scene *s)
+{
+    coll_make(s, true, FULL);
+    s->will[FULL] = NEW;
+}
+static void list_to_set(struct scene *s)
+{
+    coll_make(s, true, FEW);
+    s->will[2] = NEW;
+}
+static void list_to_pop(struct scene *s)
+{
+    coll_make(s, true, FEW);
+    s->will[FEW - 1] = 0;
+}
+/* Items 1 to 3 become two. */
+static void list_to_splice(struct scene *s)
+{
+    coll_make(s, true, FEW);
+    memcpy(s->will, (const uint8_t[FEW]){1, NEW, NEW + 1, FEW}, FEW);
+    CHECK_OK(sh_use_end(W, &s->coll, 1000));
+}
+/* Who had the lock died when a key was placed and not yet in the index, and another place frozen.
+ */
+static void dict_to_repair(struct scene *s)
+{
+    struct sh_ctx dead;
+    struct sh_ref r;
+    struct sh_use u = {0};
+    struct sh_value v = item_value(NEW + 1);
+    struct sh_key k = {.hash = 1, .kind = 3, .nbytes = 4, .bytes = v.bytes};
+    dict_to_add(s);
+    arena_join(&dead, s->fd);
+    CHECK_OK(handle_open(&dead, &s->taken, &u.coll));
+    CHECK_OK(sh_record_refill(&dead, &k, &v, false, 1000));
+    CHECK_OK(sh_coll_lock(&dead, &u, NULL, 1000));
+    CHECK_OK(sh_record_take(&dead, &k, &v, false, &r));
+    atomic_store(&sh_body(&u)->ref[FEW], sh_cell_of(&dead, &r));
+    sh_freeze(&sh_body(&u)->ref[2]);
+    arena_die(&dead);
+}
+static void open_new(struct scene *s)
+{
+    CHECK_OK(handle_open(V, &s->taken, &s->use.coll));
+}
+/* With the body seen, and a span for the record of NEW. */
+static void open_coll(struct scene *s)
+{
+    struct sh_found f;
+    open_new(s);
+    CHECK_OK(item_get(V, &s->use, 1, &f)); /* a record that is copied */
+    CHECK(!f.pinned);
+    s->mine = filled(V, sizeof(struct sh_record) + 34, 90);
+}
+static void open_coll_in_mark(struct scene *s)
+{
+    open_coll(s);
+    lead_for_a_moment(s, begin_marking);
+}
+static void open_coll_in_sweep(struct scene *s)
+{
+    open_coll(s);
+    lead_for_a_moment(s, begin_sweeping);
+}
+static void open_to_splice(struct scene *s)
+{
+    struct sh_value v;
+    uint64_t n;
+    open_coll(s);
+    CHECK_OK(sh_list_stage_new(V, 2, 1000, &s->other));
+    for (uint32_t i = 0; i < 2; i++) {
+        v = item_value((uint8_t)(NEW + i));
+        CHECK_OK(sh_list_stage(V, &s->other, &v, 1000));
+    }
+    s->part = (struct sh_splice){.start = 1, .stop = 4, .stage = &s->other};
+    CHECK_OK(sh_coll_size(V, &s->use, 1000, &n, &s->part.stamp));
+}
+static void put_few(struct scene *s)
+{
+    may_be_full(item_put(V, &s->use, FEW, NEW));
+}
+static void put_full(struct scene *s)
+{
+    may_be_full(item_put(V, &s->use, FULL, NEW));
+}
+static void put_two(struct scene *s)
+{
+    may_be_full(item_put(V, &s->use, 2, NEW));
+}
+static void pop_two(struct scene *s)
+{
+    struct sh_found f;
+    may_be_full(item_pop(V, &s->use, 2, &f));
+}
+static void get_two(struct scene *s)
+{
+    struct sh_found f;
+    may_be_full(item_get(V, &s->use, 2, &f));
+}
+static void clear_dict(struct scene *s)
+{
+    may_be_full(sh_dict_clear(V, &s->use, 1000));
+}
+static void set_item(struct scene *s)
+{
+    struct sh_value v = item_value(NEW);
+    may_be_full(sh_list_set(V, &s->use, 2, &v, 1000));
+}
+static void splice_list(struct scene *s)
+{
+    may_be_full(sh_list_splice(V, &s->use, &s->part, 1000));
+}
+
 /* Coordinators */
 
 /* Blocks that nobody holds, as a death between count and holder leaves them; idle runs and holes.
@@ -747,6 +902,21 @@ const struct op ops[] = {
     {"node-replace-in-mark", 0, name_node, have_node_in_mark, replace_tree},
     {"node-drop-in-mark", 0, name_node, have_tree_in_mark, drop_mine},
     {"node-drop-in-sweep", 0, name_node, have_tree_in_sweep, drop_mine},
+    {"dict-set-new", 0, dict_to_add, open_new, put_few},
+    {"dict-replace", 0, dict_to_replace, open_coll, put_two},
+    {"dict-delete", 0, dict_to_delete, open_coll, pop_two},
+    {"dict-grow", 0, dict_to_grow, open_coll, put_full},
+    {"dict-clear", 0, dict_to_clear, open_coll, clear_dict},
+    {"dict-get", 0, dict_to_get, open_new, get_two},
+    {"dict-repair", 0, dict_to_repair, open_coll, put_few},
+    {"list-append", 0, list_to_append, open_coll, put_few},
+    {"list-grow", 0, list_to_grow, open_coll, put_full},
+    {"list-set", 0, list_to_set, open_coll, set_item},
+    {"list-pop", 0, list_to_pop, open_coll, pop_two},
+    {"list-splice", 0, list_to_splice, open_to_splice, splice_list},
+    {"dict-grow-in-mark", 0, dict_to_grow, open_coll_in_mark, put_full},
+    {"dict-replace-in-sweep", 0, dict_to_replace, open_coll_in_sweep, put_two},
+    {"list-grow-in-mark", 0, list_to_grow, open_coll_in_mark, put_full},
     {"reap", LEADS, leave_dead, NULL, reap},
     {"reap-but-leases", LEADS, leave_dead, NULL, reap_but_leases},
     {"reap-dying", LEADS, leave_dying, NULL, reap},
