@@ -185,17 +185,29 @@ static void insert(struct sh_ctx *c, struct sh_use *u, const struct sh_ref *r, u
     sh_coll_changed(u);
 }
 
+/* The place behind the last: what is in the index is found, and others may replace it while we
+ * look. */
+static void repair_place(struct sh_ctx *c, struct sh_use *u, uint64_t place)
+{
+    struct sh_ref r;
+    uint64_t cell;
+    while ((cell = atomic_load_explicit(place_at(u, place), ACQ)) != 0) {
+        SH_CRASH("dict:repairing");
+        if (sh_find_cell(c, cell, &r) && is_indexed(u, sh_record_hash(&r), place)) {
+            use_place(u, place);
+            return;
+        }
+        sh_swap_ref(c, place_at(u, place), cell, 0);
+    }
+}
+
 /* Who had the lock died. */
 static void repair(struct sh_ctx *c, struct sh_use *u)
 {
-    struct sh_ref r;
     uint64_t place = used_of(u), live = 0;
     sh_thaw(u);
-    uint64_t cell = place < u->room ? atomic_load_explicit(place_at(u, place), ACQ) : 0;
-    if (cell != 0 && sh_find_cell(c, cell, &r) && is_indexed(u, sh_record_hash(&r), place))
-        use_place(u, place);
-    else if (cell != 0)
-        sh_swap_ref(c, place_at(u, place), cell, 0);
+    if (place < u->room)
+        repair_place(c, u, place);
     for (uint64_t i = 0; i < used_of(u); i++)
         live += atomic_load_explicit(place_at(u, i), ACQ) != 0;
     atomic_store_explicit(&tail(u)->live, live, REL);

@@ -434,6 +434,74 @@ static void test_deaths_in_a_list(void)
     die_everywhere(true, points, sizeof points / sizeof points[0]);
 }
 
+/* Keys 0 and 1 are in it, and key 2 is found; who put it there has the lock and is dead. */
+static struct scene *half_inserted(void)
+{
+    struct scene *s = scene_new(false);
+    CHECK(!child_survives(change_dict, s, "dict:indexed", 3));
+    arena_die(&s->c);
+    return s;
+}
+
+static void dict_must_go_on(struct scene *s, uint32_t number)
+{
+    uint64_t n, stamp;
+    dict_put(&s->witness, &s->of_witness, 77, 5);
+    CHECK(dict_number(&s->witness, &s->of_witness, 77, 5) == 5);
+    CHECK(dict_number(&s->witness, &s->of_witness, 2, number) == number);
+    done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+    CHECK(n == 4);
+    reap_dead(&s->lead, UINT64_MAX);
+    collect(&s->lead);
+    must_be_sound(&s->lead, EXACT_COUNTS);
+}
+
+static void replace_two(void *arg)
+{
+    struct scene *s = arg;
+    struct sh_ctx other;
+    struct sh_use u = {0};
+    struct handle h = handle_of(&s->witness, &s->of_witness.coll);
+    arena_join(&other, s->fd);
+    CHECK_OK(handle_open(&other, &h, &u.coll));
+    dict_put(&other, &u, 2, 9);
+    leave(&other, &u);
+}
+
+/* Repairing took what it had read of a place for what is there: the key was overwritten by the
+ * next one. */
+static void test_a_key_is_replaced_while_it_is_repaired(void)
+{
+    struct scene *s = half_inserted();
+    at_moment("dict:repairing", replace_two, s);
+    dict_must_go_on(s, 9);
+    MOMENT_CAME("dict:repairing");
+    scene_end(s);
+}
+
+#define MANY_PINS 100000u
+
+/* Who took the lock of a dead one, and had no room for a pin, let go of it as if there was nothing
+ * to repair. */
+static void test_a_dead_ones_lock_is_taken_without_room(void)
+{
+    struct scene *s = half_inserted();
+    struct sh_ref *pins = calloc(MANY_PINS, sizeof *pins);
+    struct sh_ctx *w = &s->witness;
+    uint32_t n = 0, key = 1;
+    struct sh_key k = key_of(&key);
+    uint64_t limit = atomic_exchange(&w->hdr->limit_units, sh_committed_units(w));
+    while (n < MANY_PINS && sh_repin(w, &s->of_witness.coll, 1000, &pins[n]) == SH_OK)
+        n++;
+    CHECK_IS(sh_dict_pop(w, &s->of_witness, &k, 1000, NULL), SH_LIMIT);
+    atomic_store(&w->hdr->limit_units, limit);
+    dict_must_go_on(s, 1002);
+    while (n-- > 0)
+        block_drop(w, &pins[n]);
+    free(pins);
+    scene_end(s);
+}
+
 /* The lock that users have outlives nobody. */
 static void test_a_lock_whose_holder_died(void)
 {
@@ -456,6 +524,8 @@ int main(void)
         {"a_list_is_one", test_a_list_is_one},
         {"deaths_in_a_dict", test_deaths_in_a_dict},
         {"deaths_in_a_list", test_deaths_in_a_list},
+        {"a_key_is_replaced_while_it_is_repaired", test_a_key_is_replaced_while_it_is_repaired},
+        {"a_dead_ones_lock_is_taken_without_room", test_a_dead_ones_lock_is_taken_without_room},
         {"a_lock_whose_holder_died", test_a_lock_whose_holder_died},
     };
     return test_main("colls", tests, sizeof tests / sizeof tests[0]);
