@@ -75,7 +75,7 @@ enum sh_status item_put(struct sh_ctx *, struct sh_use *, uint32_t i, uint8_t by
 enum sh_status item_pop(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
 enum sh_status item_get(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
 void coll_make(struct scene *, bool list, uint32_t n);
-void coll_must_be_whole(struct scene *);
+void coll_must_be_whole(struct scene *, bool reaped);
 void coll_end(struct scene *);
 
 /* Victims */

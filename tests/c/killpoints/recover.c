@@ -162,7 +162,7 @@ static void recover(struct scene *s, bool successor)
     work(w); /* before any coordinator comes */
     must_be_without_violations(w);
     if (successor) /* else the dead one has been reaped before its lock is taken */
-        coll_must_be_whole(s);
+        coll_must_be_whole(s, false);
     CHECK_OK(sh_map(&lead, dup(w->fd), true));
     CHECK_OK(sh_attach_coordinator(&lead, 1000));
     if (successor)
@@ -173,7 +173,7 @@ static void recover(struct scene *s, bool successor)
     kernel_must_agree(&lead);
     kept_must_be_whole(s);
     leases_must_be_counted(s);
-    coll_must_be_whole(s);
+    coll_must_be_whole(s, true);
     work(w);
     kept_must_be_whole(s);
     drop_everything(s);
