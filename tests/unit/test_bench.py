@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,25 @@ def test_quantiles_of_few_values_are_values(common: Any) -> None:
         "max": 200,
     }
     assert quantiles([1.0, 2.0, 9.0])["p99"] == 9.0
+
+
+def test_collections_has_every_part() -> None:
+    found = run_bench("collections", "--quick", "--json")
+    check_frame(found, "collections")
+    kinds = ("int", "str", "bytes of 100", "nested")
+    assert len(found["cases"]) == 8 * len(kinds)
+    for one in found["cases"].values():
+        assert {"dict, list", "Manager"} <= one["ns"].keys() == one["scaled_ns"].keys()
+    for kind in ("int", "str", "bytes of 100"):
+        assert found["cases"][f"dict get {kind}"]["ratios"]["shmheap"] == 1
+        assert "shmheap" in found["cases"][f"list append {kind}"]["ns"]
+    scaling = found["scaling"]
+    assert "skipped" in scaling or len(scaling) == 4
+    limits = {(row["must"], row["aim"]) for row in found["rows"]}
+    assert {(300, 150), (500, 250), (400, 150), (50, 200)} <= limits
+
+
+def test_the_clock_of_another_process_is_its_own(common: Any) -> None:
+    clock = importlib.import_module("bench_colls")._clock_of(os.getpid())
+    before = time.process_time_ns()
+    assert before <= clock() <= time.process_time_ns()

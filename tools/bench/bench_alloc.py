@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from multiprocessing.connection import Connection
 from multiprocessing.heap import BufferWrapper
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -26,8 +22,8 @@ from bench_common import (
     GIB,
     KIB,
     MIB,
+    Calls,
     Case,
-    Loop,
     Result,
     Row,
     console,
@@ -39,6 +35,8 @@ from bench_common import (
     ratio,
     show_rows,
     size_text,
+    together,
+    workers,
 )
 from rich.table import Table
 
@@ -233,88 +231,28 @@ def measure_scaling(rounds: int, window_ms: int) -> Result:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         return {"skipped": "it needs two CPUs"}
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"wall": [], "cpu": []} for name in ("shmheap", "bytearray")
-    }
-    blocked = 0
-    with scratch_heap(GIB) as heap, _workers(heap, cpus[:2]) as workers:
-        for i in progress(range(rounds), "two processes"):
-            for name, scaling in found.items():
-                alone = _window(workers[i % 2 : i % 2 + 1], name, window_ms)
-                both = _window(workers, name, window_ms)
-                blocked += both["blocked"] if name == "shmheap" else 0
-                for clock, ratios in scaling.items():
-                    ratios.append(both[clock] / alone[clock])
+    with scratch_heap(GIB) as heap, workers(cpus[:2], [(_both, (heap,))] * 2) as ends:
+        found = together(ends, ("shmheap", "bytearray"), rounds, window_ms)
+    ratios = {name: one.pop("ratios") for name, one in found.items()}
     quotients = {
-        clock: 1 / ratio(found["bytearray"][clock], found["shmheap"][clock])
+        clock: 1 / ratio(ratios["bytearray"][clock], ratios["shmheap"][clock])
         for clock in ("wall", "cpu")
     }
     return {
         "quotient": quotients["wall"],
         "quotient_cpu": quotients["cpu"],
-        "blocked": blocked,
-        **{
-            name: {clock: statistics.median(ratios) for clock, ratios in scaling.items()}
-            for name, scaling in found.items()
-        },
+        "blocked": found["shmheap"]["blocked"],
+        **found,
     }
 
 
 @contextmanager
-def _workers(heap: shmheap.Heap, cpus: list[int]) -> Iterator[list[Connection]]:
-    context = multiprocessing.get_context("spawn")
-    ends: list[Connection] = []
-    with ExitStack() as stack:
-        for cpu in cpus:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, heap, cpu))
-            process.start()
-            stack.callback(process.join)
-            stack.callback(ours.send, None)
-            theirs.close()
-            ends.append(ours)
-        for end in ends:
-            end.recv()
-        yield ends
-
-
-def _worker(orders: Connection, heap: shmheap.Heap, cpu: int) -> None:
-    os.sched_setaffinity(0, {cpu})
-    calls: dict[str, tuple[Callable[..., object], Loop]] = {
-        "shmheap": (heap.alloc, new_loop()),
-        "bytearray": (bytearray, new_loop()),
-    }
-    for call, loop in calls.values():
-        loop(call, 64, 10_000)
-    orders.send("ready")
-    while (order := orders.recv()) is not None:
-        name, start_ns, end_ns = order
-        orders.send(_throughput(*calls[name], start_ns, end_ns))
-    heap.close()
-
-
-def _throughput(call: Callable[..., object], loop: Loop, start_ns: int, end_ns: int) -> Result:
-    while time.monotonic_ns() < start_ns:
-        pass
-    blocked = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-    times, cpu, start, now = 0, time.thread_time_ns(), time.monotonic_ns(), 0
-    while now < end_ns:
-        loop(call, 64, 1000)
-        times += 1000
-        now = time.monotonic_ns()
-    return {
-        "wall": times / (now - start) * 1e9,
-        "cpu": times / (time.thread_time_ns() - cpu) * 1e9,
-        "blocked": resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - blocked,
-    }
-
-
-def _window(workers: list[Connection], name: str, window_ms: int) -> Result:
-    start = time.monotonic_ns() + 2_000_000  # both have the order by then
-    for worker in workers:
-        worker.send((name, start, start + window_ms * 1_000_000))
-    answers = [worker.recv() for worker in workers]
-    return {key: sum(answer[key] for answer in answers) for key in answers[0]}
+def _both(heap: shmheap.Heap) -> Iterator[Calls]:
+    with heap:
+        yield {
+            "shmheap": (heap.alloc, 64, new_loop()),
+            "bytearray": (bytearray, 64, new_loop()),
+        }
 
 
 def _scaling_table(scaling: Result) -> Table:

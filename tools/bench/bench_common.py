@@ -8,15 +8,18 @@ is timed by its thread's CPU clock, which stands still while another process has
 from __future__ import annotations
 
 import importlib.metadata
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol
@@ -27,7 +30,7 @@ from rich.table import Table
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 Result = dict[str, Any]
-Loop = Callable[[Callable[..., object], int, int], None]
+Loop = Callable[[Any, Any, int], None]
 
 
 class Command(Protocol):
@@ -69,20 +72,24 @@ def new_loop(*, dirty: bool = False) -> Loop:
 
 @dataclass(slots=True)
 class Case:
-    """A candidate: `ns` gets its nanoseconds per call, one number per round."""
+    """A candidate: `ns` gets its nanoseconds per call, one number per round.
+
+    `call` and `n` are the loop's; `clock` is one that only this candidate drives.
+    """
 
     name: str
-    call: Callable[..., object]
-    n: int
+    call: Any
+    n: Any
     loop: Loop = field(default_factory=new_loop)
+    clock: Callable[[], int] = time.thread_time_ns
     times: int = 1
     ns: list[float] = field(default_factory=list)
 
     def slice_ns(self) -> int:
         """CPU time of `times` calls."""
-        start = time.thread_time_ns()
+        start = self.clock()
         self.loop(self.call, self.n, self.times)
-        return time.thread_time_ns() - start
+        return self.clock() - start
 
     def calibrate(self, slice_ns: int) -> None:
         """Choose `times` for a slice of about so long, after the first calls, which are slow."""
@@ -124,6 +131,93 @@ def progress(steps: Sequence[Any], what: str) -> Any:
     """Iterate with a bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
     return track(steps, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two processes that work through the same window of time
+
+Calls = dict[str, tuple[Any, Any, Loop]]
+"""What a process can be told to do: call, n and loop, as a Case has them."""
+
+Work = tuple[Callable[..., AbstractContextManager[Calls]], tuple[Any, ...]]
+"""A function and its arguments, both pickled: it is called in the process that works."""
+
+
+@contextmanager
+def workers(cpus: Sequence[int], works: Sequence[Work]) -> Iterator[list[Connection]]:
+    """Start a process on each CPU; they end with the context."""
+    context = multiprocessing.get_context("spawn")
+    ends: list[Connection] = []
+    with ExitStack() as stack:
+        for cpu, work in zip(cpus, works, strict=True):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, cpu, work))
+            process.start()
+            stack.callback(process.join)
+            stack.callback(ours.send, None)
+            theirs.close()
+            ends.append(ours)
+        for end in ends:
+            end.recv()
+        yield ends
+
+
+def _worker(orders: Connection, cpu: int, work: Work) -> None:
+    os.sched_setaffinity(0, {cpu})
+    make, arguments = work
+    with make(*arguments) as calls:
+        for call, n, loop in calls.values():
+            loop(call, n, 10_000)
+        orders.send("ready")
+        while (order := orders.recv()) is not None:
+            name, start_ns, end_ns = order
+            orders.send(_throughput(*calls[name], start_ns, end_ns))
+
+
+def _throughput(call: Any, n: Any, loop: Loop, start_ns: int, end_ns: int) -> Result:
+    while time.monotonic_ns() < start_ns:
+        pass
+    blocked = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    times, cpu, start, now = 0, time.thread_time_ns(), time.monotonic_ns(), 0
+    while now < end_ns:
+        loop(call, n, 1000)
+        times += 1000
+        now = time.monotonic_ns()
+    return {
+        "wall": times / (now - start) * 1e9,
+        "cpu": times / (time.thread_time_ns() - cpu) * 1e9,
+        "blocked": resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - blocked,
+    }
+
+
+def window(ends: Sequence[Connection], name: str, window_ms: int) -> Result:
+    """Let these processes do one thing at the same time; sums of what they got done per second."""
+    start = time.monotonic_ns() + 2_000_000  # all have the order by then
+    for end in ends:
+        end.send((name, start, start + window_ms * 1_000_000))
+    answers = [end.recv() for end in ends]
+    return {key: sum(answer[key] for answer in answers) for key in answers[0]}
+
+
+def together(
+    ends: Sequence[Connection], names: Sequence[str], rounds: int, window_ms: int
+) -> Result:
+    """Throughput of all processes together over that of one, each of them alone in turns."""
+    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in names}
+    blocked = dict.fromkeys(names, 0)
+    for i in progress(range(rounds), "two processes"):
+        for name, ratios in found.items():
+            alone = window([ends[i % len(ends)]], name, window_ms)
+            both = window(ends, name, window_ms)
+            blocked[name] += both["blocked"]
+            for clock, values in ratios.items():
+                values.append(both[clock] / alone[clock])
+    return {
+        name: {"blocked": blocked[name]}
+        | {clock: statistics.median(values) for clock, values in ratios.items()}
+        | {"ratios": ratios}
+        for name, ratios in found.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
