@@ -186,7 +186,7 @@ enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, struct 
                            .nbytes = l.nbytes,
                            .nrefs = l.nrefs,
                            .record = *r};
-    f->pinned = l.nrefs != 0 || l.key_bytes > SH_COPY_MAX || l.nbytes > SH_COPY_MAX;
+    f->pinned = l.nrefs != 0 || (uint64_t)l.key_bytes + l.nbytes > SH_COPY_MAX;
     f->key = f->pinned ? l.bytes : f->small;
     f->value = f->key + l.key_bytes;
     if (!f->pinned) {

@@ -178,7 +178,7 @@ struct sh_key {
 #define SH_VALUE_MAX 16384u /* bytes */
 #define SH_KEY_MAX   8192u
 #define SH_REFS_MAX  255u
-#define SH_COPY_MAX  64u
+#define SH_COPY_MAX  128u /* key and value together */
 
 /* What was found: copied, if it is small and names nothing; else its record is pinned, and the
  * caller's to unpin. */
@@ -187,7 +187,7 @@ struct sh_found {
     uint32_t key_kind, key_form, key_bytes, kind, nbytes, nrefs;
     bool pinned;
     struct sh_ref record;
-    uint8_t small[2 * SH_COPY_MAX];
+    uint8_t small[SH_COPY_MAX];
 };
 
 uint64_t sh_hash(const void *bytes, uint64_t n, uint64_t seed);
