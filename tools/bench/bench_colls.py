@@ -132,31 +132,8 @@ class Peer:
     new_dict: Callable[[], Any] | None
     new_list: Callable[[], Any] | None
     clock: Callable[[], int] = time.thread_time_ns
-    values: frozenset[str] = frozenset(VALUES)
     grows: bool = True
     """False: its size is that of the beginning, or each new entry costs as much as all."""
-
-
-class CoreDict(_core.DictBase):
-    """As long as shmheap has no SharedDict: what this benchmark needs of one."""
-
-    def items(self) -> Iterator[tuple[Any, Any]]:
-        stamp, found = self._stamp(), self._next(0, self._stamp())
-        while found is not None:
-            position, key, value = found
-            yield key, value
-            found = self._next(position, stamp)
-
-
-class CoreList(_core.ListBase):
-    """The same of a list."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._snapshot())
-
-    def __delitem__(self, part: slice, /) -> None:
-        start, stop, _ = part.indices(len(self))
-        self._splice(start, stop, [], self._stamp())
 
 
 class PickledDict:
@@ -197,7 +174,7 @@ def _peers() -> Iterator[dict[str, Peer]]:
         stack.callback(memory.unlink)
         stack.callback(memory.close)
         peers = {
-            "shmheap": _ours(heap),
+            "shmheap": Peer(heap.dict, heap.list),
             "dict, list": Peer(dict, list),
             "Manager": Peer(manager.dict, manager.list, lambda: sum(clock() for clock in server)),
             "ShareableList": Peer(None, lambda: _shareable(stack), grows=False),
@@ -221,14 +198,6 @@ def _heap() -> Iterator[shmheap.Heap]:
             yield heap
         finally:
             heap.unlink()
-
-
-def _ours(heap: Any) -> Peer:
-    if hasattr(shmheap, "SharedDict"):
-        return Peer(heap.dict, heap.list)
-    plain = frozenset(VALUES) - {"nested"}
-    new_dict = lambda: CoreDict(heap._dict_new())  # noqa: E731
-    return Peer(new_dict, lambda: CoreList(heap._list_new()), values=plain)
 
 
 def _shareable(stack: ExitStack) -> Any:
@@ -331,7 +300,7 @@ def measure_one(
     cases = [
         Case(name, made, (_keys(operation.of), VALUES[value]), _loop(do, value), peer.clock)
         for name, peer in peers.items()
-        if value in peer.values and (made := _filled(peer, operation, VALUES[value])) is not None
+        if (made := _filled(peer, operation, VALUES[value])) is not None
     ]
     measure([unit, *cases], rounds, slice_ms)
     for case in cases:
@@ -406,7 +375,7 @@ def measure_scaling(rounds: int, window_ms: int) -> Result:
     if len(cpus) < 2:
         return {"skipped": "it needs two CPUs"}
     with _heap() as heap:
-        shared = _ours(heap).new_dict()  # type: ignore[misc]
+        shared = heap.dict()
         _set(shared, (_keys("dict"), VALUES["int"]), SIZE)
         halves = (_keys("dict")[::2], _keys("dict")[1::2])
         works = [(_at_work, (heap, shared._block, half)) for half in halves]
