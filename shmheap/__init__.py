@@ -8,6 +8,7 @@ General layout, from the ground up:
     arena, block            files and their names; handles and leases
     values, arrays          values as bytes and blocks
     containers, roots       shared lists and dicts; named roots
+    holders                 who keeps a block alive
     coordinator/            the one process per heap that reaps, collects and scavenges
     heap                    Heap: its docstring follows one allocation all the way down
     verify                  the books against the witness
@@ -55,6 +56,7 @@ from shmheap.errors import (
     UntrustedArena,
 )
 from shmheap.heap import Heap, open, unlink
+from shmheap.holders import Holder
 from shmheap.roots import Roots
 from shmheap.stats import GCReport, HeapStats, ScavengeReport
 
@@ -72,6 +74,7 @@ __all__ = [
     "HeapFull",
     "HeapNotFound",
     "HeapStats",
+    "Holder",
     "Lease",
     "Roots",
     "ScavengeReport",

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import posix_ipc
 
 from shmheap import _core, arena, block, values
-from shmheap._core import Block, HeapBase
+from shmheap._core import Block, DictBase, HeapBase, ListBase
 from shmheap.config import Config, parse_size
 from shmheap.containers import SharedDict, SharedList
 from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WANT_MEMORY
@@ -51,6 +51,7 @@ from shmheap.errors import (
     StaleHandle,
     UntrustedArena,
 )
+from shmheap.holders import Holder, find_holders
 from shmheap.roots import Roots
 from shmheap.stats import GCReport, HeapStats, ScavengeReport
 
@@ -458,6 +459,23 @@ class Heap(HeapBase):
                 + "\n".join(found)
                 + f"\n`shmheap verify --deep {self.name}` says what that means and what to do"
             )
+
+    def holders(self, block: Block | DictBase | ListBase) -> tuple[Holder, ...]:
+        """Return who keeps a block alive: names, processes by their handles, leases, other blocks.
+
+        Args:
+            block: One of this heap, or a shared dict or list. Its handle here is among those who
+                keep it alive.
+
+        Raises StaleHandle if the handle was freed, and ValueError if the block is another heap's.
+        Cost: a pass over the heap, and one more for each level of blocks between this one and the
+        nearest name.
+        """
+        held = block if isinstance(block, Block) else block._block
+        if held._nonce != self.nonce:
+            raise ValueError("the block is another heap's")
+        offset = held.offset
+        return find_holders(self, [offset])[offset]
 
     # Ending
 

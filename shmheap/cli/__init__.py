@@ -4,6 +4,7 @@ General layout, a file per group of commands:
 
     run          be a heap's coordinator
     look         ls, stat, verify: from outside, as an observer; with deep, what verify --deep finds
+    holders      holders: who keeps a block alive
     act          gc, scavenge, rm
     demo         the proof that memory comes back, on real files; with demo_files, demo_work,
                  demo_meter and demo_show
@@ -76,12 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     for command, group, text in (
         ("stat", "look", "show a heap's numbers, settings and processes"),
         ("verify", "look", "hold a heap's books against the kernel, page by page"),
+        ("holders", "holders", "show who keeps a block alive, or the largest blocks"),
         ("gc", "act", "collect garbage now"),
         ("scavenge", "act", "give idle memory back to the system now"),
     ):
         _add(commands, command, group, text).add_argument("name", metavar="NAME")
     commands.choices["verify"].add_argument(
         "--deep", action="store_true", help="also walk every invariant, and say what is wrong"
+    )
+    commands.choices["holders"].add_argument(
+        "offset", metavar="OFFSET", nargs="?", type=int, help="of a block, as Block.offset says"
     )
     commands.choices["scavenge"].add_argument(
         "--all", action="store_true", help="whatever is idle, however short a time"

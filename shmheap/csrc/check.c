@@ -305,12 +305,6 @@ static bool add_holder(struct holders *a, const struct holder *one)
     return true;
 }
 
-static bool is_node(uint64_t w, uint64_t gen)
-{
-    bool there = SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING;
-    return there && w & SH_NODE && SH_GEN(w) == gen;
-}
-
 /* What a collection has condemned may name what it has freed. Nobody but the coordinator uses it,
  * by whom it dies. The phase first: what one condemned is gone in the next. */
 static bool is_garbage(const struct checker *k, const _Atomic uint64_t *word)
@@ -326,7 +320,7 @@ static bool is_garbage(const struct checker *k, const _Atomic uint64_t *word)
 static bool cell_is_there(struct checker *k, const struct holder *h)
 {
     if (h->node != NULL)
-        return is_node(atomic_load_explicit(h->node, ACQ), h->gen) && !is_garbage(k, h->node);
+        return sh_is_node(atomic_load_explicit(h->node, ACQ), h->gen) && !is_garbage(k, h->node);
     uint32_t state = h->page == SH_NIL ? SH_PINS : SH_SPAN_STATE(sh_span(k->c, h->page));
     return state == SH_PINS || state == SH_LEASES;
 }
@@ -388,12 +382,12 @@ static enum sh_status add_refs(struct checker *k, struct holders *a, uint32_t pa
 {
     struct sh_ref r;
     uint64_t w = atomic_load_explicit(word, ACQ);
-    if (!is_node(w, SH_GEN(w)) || !sh_locate(k->c, sh_word_number(k->c, word), &r))
+    if (!sh_is_node(w, SH_GEN(w)) || !sh_locate(k->c, sh_word_number(k->c, word), &r))
         return SH_OK;
     const struct sh_node *n = (const struct sh_node *)r.data;
     uint64_t head = peek_ref(&n->head);
     bool fits = sh_node_fits(head, sh_block_bytes(k->c, &r, w));
-    if (!is_node(atomic_load_explicit(word, ACQ), SH_GEN(w)))
+    if (!sh_is_node(atomic_load_explicit(word, ACQ), SH_GEN(w)))
         return SH_OK;
     if (!fits)
         wrong(k, "I-6", "the node of word %llu has %u references, more than bytes",

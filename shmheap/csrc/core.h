@@ -432,6 +432,11 @@ static inline bool sh_is_live(uint64_t w, uint64_t gen)
 {
     return SH_BSTATE(w) == SH_BLOCK_LIVE && SH_GEN(w) == gen;
 }
+static inline bool sh_is_node(uint64_t w, uint64_t gen)
+{
+    bool there = SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING;
+    return there && w & SH_NODE && SH_GEN(w) == gen;
+}
 /* In SWEEP: to be freed, and nobody's to use, nor what it names, which may be gone before it. */
 static inline bool sh_is_condemned(uint64_t w, uint32_t phase)
 {

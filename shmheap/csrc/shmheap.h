@@ -300,8 +300,33 @@ typedef void sh_report(void *arg, const char *invariant, const char *what);
 enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
 enum sh_status sh_inspect(struct sh_ctx *, int fd, sh_report *, void *arg); /* inspect.c */
 
-/* holders.c: bytes that each slot's process holds */
+/* holders.c: bytes that each slot's process holds; what holds a block; the largest blocks */
+enum sh_holder_kind {
+    SH_HOLDER_PIN,
+    SH_HOLDER_LEASE,
+    SH_HOLDER_REFERENCE
+};
+struct sh_holder {
+    uint64_t cell;
+    uint64_t held; /* data offset of the block that it names */
+    enum sh_holder_kind kind;
+    uint32_t slot;      /* of a pin or lease: whose */
+    uint32_t node_kind; /* of a reference: its node's, and the data offset of that */
+    uint64_t node;
+    uint64_t made_ns; /* of a lease: CLOCK_MONOTONIC */
+};
+struct sh_found_holders {
+    struct sh_holder *list;
+    uint64_t n, room;
+};
+struct sh_sized {
+    uint64_t offset, nbytes;
+    uint32_t node_kind; /* 0: a leaf */
+};
 enum sh_status sh_holders(struct sh_ctx *, uint64_t bytes[SH_MAX_SLOTS]);
+enum sh_status sh_holders_of(struct sh_ctx *, const uint64_t *offsets, uint64_t n,
+                             struct sh_found_holders *);
+enum sh_status sh_largest(struct sh_ctx *, struct sh_sized *, uint32_t *n);
 
 /* Asking the coordinator */
 bool sh_may_start(struct sh_ctx *);

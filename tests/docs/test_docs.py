@@ -126,7 +126,8 @@ def test_docstrings_say_how_to_call_and_what_it_costs(call: Callable[..., object
 
 
 @pytest.mark.parametrize(
-    "cls", [shmheap.Config, shmheap.HeapStats, shmheap.GCReport, shmheap.ScavengeReport]
+    "cls",
+    [shmheap.Config, shmheap.HeapStats, shmheap.GCReport, shmheap.Holder, shmheap.ScavengeReport],
 )
 def test_fields_are_in_the_reference(cls: type) -> None:
     missing = {f.name for f in dataclasses.fields(cls) if f"`{f.name}`" not in REFERENCE}

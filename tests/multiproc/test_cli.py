@@ -394,3 +394,44 @@ def test_a_name_that_cannot_be_is_told_in_a_line(command: str, name: str) -> Non
     assert done.returncode == 2
     assert "a heap's name" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+HOLD = """
+import copy
+heap = shmheap.Heap.create(sys.argv[1], capacity="64MiB")
+block = heap.put(bytes(100_000))
+again, lease = copy.copy(block), block.lease()
+heap.roots["image"] = block
+print(block.offset)
+"""
+
+
+def test_holders_says_who_keeps_a_block_alive(heap_name: str) -> None:
+    with user(HOLD, heap_name) as (process, offset):
+        found = asked("holders", heap_name, offset)
+        [block] = found["blocks"]
+        assert (found["name"], block["offset"], block["nbytes"]) == (heap_name, int(offset), None)
+        root, pin, lease = block["holders"]
+        assert (root["kind"], root["name"], root["path"]) == ("root", "image", ["root 'image'"])
+        assert (pin["kind"], pin["pid"], pin["count"]) == ("pin", process.pid, 2)
+        assert (lease["kind"], lease["pid"], lease["count"]) == ("lease", process.pid, 1)
+        assert lease["age_s"] > 0
+        shown = run("holders", heap_name, offset)
+        assert shown.returncode == 0, shown.stderr
+        assert "root 'image'" in shown.stdout
+        assert f"lease of pid {process.pid}" in shown.stdout
+
+
+def test_holders_shows_the_largest_blocks_if_none_is_named(heap_name: str) -> None:
+    with user(HOLD, heap_name) as (_, offset):
+        [block] = asked("holders", heap_name)["blocks"]
+        assert (block["offset"], block["nbytes"], block["what"]) == (int(offset), 100_000, "block")
+        assert len(block["holders"]) == 3
+        assert "97.7 KiB" in run("holders", heap_name).stdout
+
+
+def test_holders_of_what_is_no_block_are_refused(heap_name: str) -> None:
+    with user(HOLD, heap_name) as (_, offset):
+        failed = run("holders", heap_name, str(int(offset) + 1))
+        assert (failed.returncode, failed.stdout) == (2, "")
+        assert failed.stderr == f"shmheap: nobody holds a block at {int(offset) + 1}\n"

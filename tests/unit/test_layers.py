@@ -28,7 +28,7 @@ PYTHON_FLOORS = (
     ("_core",),
     ("limits",),
     ("arena", "block", "arrays"),
-    ("values", "roots", "containers", "coordinator", "verify"),
+    ("values", "roots", "holders", "containers", "coordinator", "verify"),
     ("heap",),
     ("cache", "pool", "plugins", "testing"),
     (FACE,),

@@ -643,7 +643,20 @@ static PyObject *heap_check(Heap *self, PyObject *unused)
 static PyObject *heap_holders(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return box_usable(self->box) ? holders_of(self->box) : NULL;
+    return box_usable(self->box) ? held_bytes_of(self->box) : NULL;
+}
+
+static PyObject *heap_holders_of(Heap *self, PyObject *offsets)
+{
+    return box_usable(self->box) ? holders_of(self->box, offsets) : NULL;
+}
+
+static PyObject *heap_largest(Heap *self, PyObject *args)
+{
+    unsigned int n;
+    if (!PyArg_ParseTuple(args, "I:_largest", &n) || !box_usable(self->box))
+        return NULL;
+    return largest_of(self->box, n);
 }
 
 static PyObject *heap_coordinator_alive(Heap *self, PyObject *unused)
@@ -774,6 +787,8 @@ static PyMethodDef heap_methods[] = {
     {"_stats", (PyCFunction)heap_stats, METH_NOARGS, NULL},
     {"_check", (PyCFunction)heap_check, METH_NOARGS, NULL},
     {"_holders", (PyCFunction)heap_holders, METH_NOARGS, NULL},
+    {"_holders_of", (PyCFunction)heap_holders_of, METH_O, NULL},
+    {"_largest", (PyCFunction)heap_largest, METH_VARARGS, NULL},
     {"_request", (PyCFunction)heap_request, METH_VARARGS, NULL},
     {"_await", (PyCFunction)heap_await, METH_VARARGS, NULL},
     {"_room", (PyCFunction)heap_room, METH_NOARGS, NULL},

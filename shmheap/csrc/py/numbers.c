@@ -153,7 +153,7 @@ static int append(PyObject *list, PyObject *row)
 }
 
 /* (pid, bytes that it holds) of every slot that holds any. */
-PyObject *holders_of(struct box *b)
+PyObject *held_bytes_of(struct box *b)
 {
     uint64_t bytes[SH_MAX_SLOTS];
     enum sh_status s;
@@ -166,6 +166,88 @@ PyObject *holders_of(struct box *b)
                                        (unsigned long long)bytes[i])) != 0)
             Py_CLEAR(list);
     box_leave(b);
+    if (PyErr_Occurred() || (s != SH_OK && fail(b, s) == NULL))
+        Py_CLEAR(list);
+    return list;
+}
+
+/* What a reference is in, and what a block is. */
+static const char *node_name(uint32_t kind)
+{
+    static const char *const names[SH_NODE_KINDS] = {"block", "node",  "dict",  "list",
+                                                     "table", "array", "record"};
+    return kind < SH_NODE_KINDS ? names[kind] : "node";
+}
+
+/* (offset of the block, kind, pid or offset of the node, what node or "", when made, ns) */
+static PyObject *holder_row(const struct sh_ctx *c, const struct sh_holder *h)
+{
+    static const char *const kinds[] = {"pin", "lease", "reference"};
+    bool reference = h->kind == SH_HOLDER_REFERENCE;
+    unsigned long long who =
+        reference ? h->node : atomic_load(&sh_slot(c, h->slot % SH_MAX_SLOTS)->pid);
+    return Py_BuildValue("(KsKsK)", (unsigned long long)h->held, kinds[h->kind], who,
+                         reference ? node_name(h->node_kind) : "", (unsigned long long)h->made_ns);
+}
+
+/* The numbers of a sequence, and how many; NULL with the exception set. */
+static uint64_t *numbers_of(PyObject *sequence, uint64_t *n)
+{
+    Py_ssize_t len = PySequence_Size(sequence);
+    uint64_t *numbers = len < 0 ? NULL : PyMem_Malloc(((size_t)len + 1) * sizeof *numbers);
+    if (numbers == NULL)
+        return len < 0 ? NULL : (uint64_t *)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < len; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        numbers[i] = item ? PyLong_AsUnsignedLongLong(item) : 0;
+        Py_XDECREF(item);
+        if (PyErr_Occurred()) {
+            PyMem_Free(numbers);
+            return NULL;
+        }
+    }
+    *n = (uint64_t)len;
+    return numbers;
+}
+
+PyObject *holders_of(struct box *b, PyObject *offsets)
+{
+    struct sh_found_holders found = {0};
+    enum sh_status s;
+    uint64_t n = 0, *numbers = numbers_of(offsets, &n);
+    PyObject *list = numbers ? PyList_New(0) : NULL;
+    if (list == NULL)
+        goto end;
+    box_enter(b);
+    WAITING(b, s, sh_holders_of(&b->ctx, numbers, n, &found));
+    for (uint64_t i = 0; s == SH_OK && list != NULL && i < found.n; i++)
+        if (append(list, holder_row(&b->ctx, &found.list[i])) != 0)
+            Py_CLEAR(list);
+    box_leave(b);
+    if (PyErr_Occurred() || (s != SH_OK && fail(b, s) == NULL))
+        Py_CLEAR(list);
+end:
+    free(found.list);
+    PyMem_Free(numbers);
+    return list;
+}
+
+/* (offset, bytes, what) of the largest blocks, n at most. */
+PyObject *largest_of(struct box *b, uint32_t n)
+{
+    enum sh_status s;
+    struct sh_sized *found = PyMem_Malloc(((size_t)n + 1) * sizeof *found);
+    if (found == NULL)
+        return PyErr_NoMemory();
+    uint32_t got = 0;
+    PyObject *list = PyList_New(0);
+    WAITING(b, s, (got = n, sh_largest(&b->ctx, found, &got)));
+    for (uint32_t i = 0; s == SH_OK && list != NULL && i < got; i++)
+        if (append(list, Py_BuildValue("(KKs)", (unsigned long long)found[i].offset,
+                                       (unsigned long long)found[i].nbytes,
+                                       node_name(found[i].node_kind))) != 0)
+            Py_CLEAR(list);
+    PyMem_Free(found);
     if (PyErr_Occurred() || (s != SH_OK && fail(b, s) == NULL))
         Py_CLEAR(list);
     return list;
