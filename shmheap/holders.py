@@ -2,7 +2,8 @@
 
 The core lists the cells that hold given blocks. What holds a block that holds this one is asked of
 it in turn, a level at a time, up to the nearest name: a process that uses a shared dict has handles
-of its parts too, which say less. Each level is one pass over the heap, however many blocks are asked about.
+of its parts too, which say less. Each level is one pass over the heap, however many blocks are
+asked about.
 
     root 'settings' -> dict -> table -> record -> block
                        \\__________ asked for, from right to left
@@ -42,9 +43,9 @@ class Holder:
         name: of the root; "" for others.
         age_s: since the lease was made, seconds; 0 for others.
         offset: of the block that refers; -1 for others.
-        path: from a name, else a process or lease, through blocks, to this holder. Of a reference whose
-            block nobody reaches (a cycle, until it is collected), or only through very many: that
-            block alone.
+        path: from a name, else a process or lease, through blocks, to this holder. Of a reference
+            whose block nobody reaches (a cycle, until it is collected), or only through very many:
+            that block alone.
     """
 
     kind: HolderKind
