@@ -7,6 +7,7 @@ steps a collection may go on, so that every barrier is passed.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import pickle
@@ -234,6 +235,7 @@ class Collections(RuleBasedStateMachine):
             self.collector_goes_on()
         self.hand.heap.roots.clear()
         del self.mapping, self.sequence
+        gc.collect()  # what a rule raised
         self.hand.collect()
         self.hand.collect()
         assert self.hand.stats.heap_objects == 0

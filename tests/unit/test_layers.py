@@ -53,12 +53,12 @@ C_FLOORS = (
     ("arena", "roots", "mark", "table", "list", "coord"),
     ("check", "holders"),
     ("inspect",),
-    ("py/py",),  # the header
+    ("py/py",),  # a header
+    ("py/coll",),  # a header
     ("py/state",),
     ("py/errors",),
     ("py/box",),
     ("py/fork", "py/numbers", "py/block", "py/functions"),
-    ("py/coll",),  # the header
     ("py/value",),
     ("py/dict",),
     ("py/list",),

@@ -271,7 +271,8 @@ enum {
     AS_IT_IS,
     AS_BOOL,
     AS_FLOAT,
-    AS_COMPLEX
+    AS_COMPLEX,
+    AS_MINUS_ZERO
 };
 
 static bool key_is(struct key *key, uint32_t kind, uint32_t form, const void *bytes, uint64_t n)
@@ -314,7 +315,8 @@ static bool float_key(double d, struct key *key, uint32_t form)
         uint32_t n = put_double(isnan(d) ? (double)NAN : d, key->bytes);
         return key_is(key, SH_V_FLOAT, form, key->bytes, n);
     }
-    form = form == AS_IT_IS ? AS_FLOAT : form;
+    if (form == AS_IT_IS)
+        form = d == 0 && signbit(d) ? AS_MINUS_ZERO : AS_FLOAT;
     if (fabs(d) < 9e18)
         return key_is(key, SH_V_INT, form, key->bytes, put_int((int64_t)d, key->bytes));
     PyObject *whole = PyLong_FromDouble(d);
@@ -399,6 +401,8 @@ static PyObject *as_form(PyObject *whole, uint32_t form)
         value = PyBool_FromLong(PyObject_IsTrue(whole));
     else if (form == AS_FLOAT)
         value = PyNumber_Float(whole);
+    else if (form == AS_MINUS_ZERO)
+        value = PyFloat_FromDouble(-0.0);
     else
         value = PyComplex_FromDoubles(PyFloat_AsDouble(whole), 0);
     Py_DECREF(whole);
