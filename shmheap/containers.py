@@ -211,7 +211,7 @@ class SharedDict(_Shared, DictBase, MutableMapping[K, V], Generic[K, V]):
     Behaves as dict does, in the order in which keys came. Keys are None, bool, int, float,
     complex, str and bytes, and 1, 1.0 and True are one key. A value is what it was when it was
     put in: a plain list or dict becomes a shared one, an array or bytearray lies in a block, and
-    bytes longer than 64 KiB come back as a read-only memoryview of one.
+    bytes longer than 16 KiB come back as a read-only memoryview of one.
 
     Each operation on one key is atomic. update and |= are atomic for each key, not as a whole.
     Iterating, also by copy and ==, raises RuntimeError when the dict changed its size meanwhile,
