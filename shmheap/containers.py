@@ -348,21 +348,14 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
     def __contains__(self, value: object) -> bool:
         return value in self._snapshot()
 
-    @overload
-    def __setitem__(self, index: SupportsIndex, value: V) -> None: ...
-    @overload
-    def __setitem__(self, index: slice, value: Iterable[V]) -> None: ...
-    def __setitem__(self, index: SupportsIndex | slice, value: Any) -> None:
-        if not isinstance(index, slice):
-            super().__setitem__(index, value)
-            return
+    def _set_slice(self, index: slice, value: Iterable[V]) -> None:
         given = list(value)
         if _is_whole(index):
             self._replace(index, given)
         else:
             self._change(lambda found: found.__setitem__(index, given))
 
-    def __delitem__(self, index: SupportsIndex | slice) -> None:
+    def _delete(self, index: SupportsIndex | slice) -> None:
         if isinstance(index, slice) and not _is_whole(index):
             self._change(lambda found: found.__delitem__(index))
         else:

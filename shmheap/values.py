@@ -111,6 +111,7 @@ def share_as(shared: type[Shared], node_kind: int, plain: type) -> None:
     """Say what is behind a node of that kind, and what a plain collection becomes."""
     _node_types[node_kind] = _plain_types[plain] = shared
     _WRITERS[shared] = lambda writer, value: (NODE, writer.hold(value._block))
+    _WRITERS[plain] = lambda writer, value: writer.value(writer.shared(value))
 
 
 def encode(home: Home, value: object) -> Encoded:
@@ -122,8 +123,6 @@ def encode(home: Home, value: object) -> Encoded:
         TypeError: It has no form, and the codec does not take it.
         HeapFull: There is no room for what gets a block of its own.
     """
-    if type(value) is tuple or type(value) in _plain_types:
-        value = _Sharing(home).all(value)
     writer = _Writer(home)
     kind, data = writer.value(value)
     if len(data) > BIG_BYTES or len(writer.blocks) > MAX_BLOCKS:
@@ -210,6 +209,7 @@ class _Writer:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.blocks: list[Block] = []
+        self._sharing: _Sharing | None = None
 
     def value(self, value: Any) -> tuple[int, bytes]:
         """Kind and bytes."""
@@ -231,6 +231,12 @@ class _Writer:
 
     def items(self, *values: Any) -> bytes:
         return b"".join(map(self.item, values))
+
+    def shared(self, plain: object) -> object:
+        """A shared list or dict made of a plain one, for all of the value the same of the same."""
+        if self._sharing is None:
+            self._sharing = _Sharing(self.home)
+        return self._sharing.all(plain)
 
     def hold(self, block: Block) -> bytes:
         """The block's index."""

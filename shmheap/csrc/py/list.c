@@ -103,14 +103,29 @@ static PyObject *list_item(Coll *self, Py_ssize_t i)
     return coll_usable(self) ? get(self, i) : NULL;
 }
 
+/* What many items are about is the subclass's: in Python, in tries. */
+static int set_many(Coll *self, PyObject *key, PyObject *object)
+{
+    PyObject *done = NULL;
+    if (object == NULL)
+        done = PyObject_CallMethod((PyObject *)self, "_delete", "(O)", key);
+    else if (Py_TYPE(key) == &PySlice_Type)
+        done = PyObject_CallMethod((PyObject *)self, "_set_slice", "OO", key, object);
+    else
+        PyErr_Format(PyExc_TypeError, "list indices must be integers or slices, not %R",
+                     (PyObject *)Py_TYPE(key));
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 static int list_ass_subscript(Coll *self, PyObject *key, PyObject *object)
 {
     struct value value;
     enum sh_status s;
     struct box *b = self->box;
-    Py_ssize_t i = PyIndex_Check(key) && object ? PyNumber_AsSsize_t(key, PyExc_IndexError) : -1;
-    if (!PyIndex_Check(key) || object == NULL)
-        PyErr_SetString(PyExc_TypeError, "one item is set here"); /* the subclass does the rest */
+    if (object == NULL || !PyIndex_Check(key))
+        return set_many(self, key, object);
+    Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
     if (PyErr_Occurred() || !coll_usable(self) ||
         !value_from((PyObject *)self, self->box, object, &value))
         return -1;
