@@ -481,6 +481,8 @@ def _read_zone(reader: _Reader, data: bytes) -> Any:
     import zoneinfo
 
     key, _ = reader.item(data)
+    if not isinstance(key, str):
+        raise ValueError("a zone's key is text")
     reader.outside += 1  # this machine may not have it
     found = zoneinfo.ZoneInfo(key)
     reader.outside -= 1

@@ -483,6 +483,7 @@ def wrong_bytes(home: Any) -> Any:
         (values.DATETIME, b"", ()), (values.DATETIME, bytes(20), ()), (values.DATE, bytes(4), ()),
         (values.TIME, b"\x19" + bytes(9), ()), (values.TIMEDELTA, b"\xff\xff\xff\x7f" * 3, ()),
         (values.TIMEZONE, b"", ()), (values.TIMEZONE, item(5), ()), (values.ZONE, b"", ()),
+        (values.ZONE, item(None), ()),
         (values.SCALAR, item("<f8") + b"123", ()), (values.SCALAR, item("|O") + bytes(8), ()),
         (values.SCALAR, item("?!"), ()), (values.SCALAR, item("[" * 500), ()),
         (values.SCALAR, item("[('a', 'O')]") + bytes(8), ()), (values.SCALAR, item(5), ()),
