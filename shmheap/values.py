@@ -427,16 +427,17 @@ class _Reader:
 
     def coded(self, data: bytes) -> Any:
         name, at = self.item(data)
+        if not isinstance(name, str):
+            raise ValueError("a codec's name is text")
         codec = self.home.codec
         self.outside += 1
         own = codec if codec is None or isinstance(codec, str) else codec.name
-        if own != name:
+        if codec is None or own != name:
             has = "none" if own is None else repr(own)
             raise TypeError(f"this value was written by the codec {name!r}, and the codec is {has}")
         if isinstance(codec, str):
             found = _Unpickler(io.BytesIO(data[at:]), self).load()
         else:
-            assert codec is not None
             found = codec.loads(bytes(data[at:]))
         self.outside -= 1
         return found

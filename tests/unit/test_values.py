@@ -472,6 +472,18 @@ def test_what_cannot_be_shared_leaves_nothing(heap: Heap) -> None:
 # Bytes that are no value's
 
 
+@contextlib.contextmanager
+def error_or_value() -> Iterator[None]:
+    """What may come of any bytes: a name of a zone or codec may be one that is not here."""
+    try:
+        yield
+    except TypeError as error:
+        if "was written by the codec" not in str(error):
+            raise
+    except (HeapCorrupt, ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        pass
+
+
 def wrong_bytes(home: Any) -> Any:
     block = home.heap.put(b"x" * 16)
     item = values._Writer(home).items
@@ -501,7 +513,8 @@ def wrong_bytes(home: Any) -> Any:
         (values.VIEW, item(("d", (2,), False)) + item(b"x" * 16), ()),
         (values.VIEW, item(("O", (2,), False)) + item(block), (block,)),
         (values.VIEW, item(5), ()), (values.BLOCK, b"\1", (block,)), (values.BLOCK, b"", ()),
-        (values.NODE, b"\0", (block,)), (values.CODED, b"", ()), (values.FAR, b"", (block,)),
+        (values.NODE, b"\0", (block,)), (values.CODED, b"", ()), (values.CODED, item(None), ()),
+        (values.FAR, b"", (block,)),
         (values.FAR, bytes((values.STR, 0)), ()), (values.FAR, bytes((values.STR, 1)), (block,)),
     ]  # fmt: skip
 
@@ -521,7 +534,7 @@ def test_any_bytes_are_a_value_or_an_error(
     heap: Heap, kind: int, data: bytes, blocks: bool
 ) -> None:
     held = (heap.put(data or b"x"),) if blocks else ()
-    with contextlib.suppress(HeapCorrupt, zoneinfo.ZoneInfoNotFoundError):
+    with error_or_value():
         values.decode(Roots(heap), kind, data, held)
 
 
@@ -534,5 +547,5 @@ def test_spoilt_bytes_are_a_value_or_an_error(
     spoilt = bytearray(data)
     if spoilt:
         spoilt[at % len(spoilt)] = new
-    with contextlib.suppress(HeapCorrupt, zoneinfo.ZoneInfoNotFoundError):
+    with error_or_value():
         values.decode(Roots(heap), kind, bytes(spoilt[: len(spoilt) - cut % 3]), blocks)
