@@ -149,9 +149,8 @@ enum sh_status sh_coll_lock(struct sh_ctx *c, struct sh_use *u, sh_repair *repai
 }
 
 /* Of the two, the collection's. The process lock was left before. */
-void sh_coll_unlock(struct sh_ctx *c, struct sh_use *u)
+void sh_coll_unlock(struct sh_use *u)
 {
-    (void)c;
     sh_word_unlock(&sh_coll_of(u)->lock, 0);
 }
 

@@ -369,7 +369,7 @@ enum sh_status sh_coll_leave(struct sh_ctx *, enum sh_status);
 bool sh_coll_enter_again(struct sh_ctx *);
 bool sh_coll_again(struct sh_ctx *, int wait_ms, enum sh_status *, uint32_t *tries);
 enum sh_status sh_coll_lock(struct sh_ctx *, struct sh_use *, sh_repair *, int wait_ms);
-void sh_coll_unlock(struct sh_ctx *, struct sh_use *);
+void sh_coll_unlock(struct sh_use *);
 bool sh_coll_measure(struct sh_use *);
 bool sh_coll_current(const struct sh_use *);
 void sh_coll_changed(struct sh_use *);

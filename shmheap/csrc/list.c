@@ -163,7 +163,7 @@ enum sh_status sh_list_get(struct sh_ctx *c, struct sh_use *u, int64_t i, int wa
 static enum sh_status unlock(struct sh_ctx *c, struct sh_use *u, enum sh_status status)
 {
     sh_leave(c);
-    sh_coll_unlock(c, u);
+    sh_coll_unlock(u);
     enum sh_status after = sh_after_free(c);
     return status == SH_OK ? after : status;
 }

@@ -202,11 +202,10 @@ enum sh_status sh_record_ref(struct sh_ctx *, const struct sh_found *, uint32_t 
  * seen, both pinned; changed under the process lock. SH_DEFERRED: done, call sh_flush. */
 struct sh_use {
     struct sh_ref coll, body;
-    uint64_t cell;       /* what names the body in the collection; 0: none seen yet */
-    uint64_t room;       /* places of the body */
-    void *tail;          /* struct sh_table or sh_array */
-    uint64_t mask;       /* of a table's index */
-    struct sh_ref fresh; /* a larger body that is being filled */
+    uint64_t cell; /* what names the body in the collection; 0: none seen yet */
+    uint64_t room; /* places of the body */
+    void *tail;    /* struct sh_table or sh_array */
+    uint64_t mask; /* of a table's index */
 };
 enum sh_status sh_dict_new(struct sh_ctx *, int wait_ms, struct sh_ref *);
 enum sh_status sh_list_new(struct sh_ctx *, int wait_ms, struct sh_ref *);

@@ -264,7 +264,7 @@ static enum sh_status move_into(struct sh_ctx *c, struct sh_use *u, struct sh_re
 static void unlock(struct sh_ctx *c, struct sh_use *u)
 {
     sh_leave(c);
-    sh_coll_unlock(c, u);
+    sh_coll_unlock(u);
 }
 
 /* A larger table, or one without the places of what was deleted, or an empty one. SH_BUSY without
@@ -350,7 +350,7 @@ static enum sh_status set_locked(struct sh_ctx *c, struct sh_use *u, const struc
             insert(c, u, &r, key->hash);
     }
     sh_leave(c);
-    sh_coll_unlock(c, u);
+    sh_coll_unlock(u);
     enum sh_status after = sh_after_free(c);
     return status == SH_OK ? after : status;
 }
