@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
     shutil.which(os.environ.get("CC", "gcc")) is None, reason="there is no C compiler"
 )
 @pytest.mark.parametrize(
-    "test", ["pages", "blocks", "nodes", "graphs", "threads", "death", "bytes", "oracle"]
+    "test",
+    ["pages", "blocks", "nodes", "graphs", "colls", "threads", "death", "bytes", "oracle"],
 )
 def test_the_core_without_python(test: str) -> None:
     run = subprocess.run(
