@@ -38,9 +38,9 @@ def form(array: NDArray[Any], heap: HeapBase) -> tuple[Form, Block | None]:
     text = text_of(array.dtype)
     if array.nbytes == 0:
         return (text, array.shape, 0, None, False), None
-    block = block_under(array)
+    block = block_under(array, heap)
     readonly = False
-    if block is None or block._nonce != heap.nonce:
+    if block is None:
         array, block = _copied(array, heap)
     else:
         readonly = not array.flags.writeable
@@ -89,12 +89,16 @@ def scalar(text: str, data: bytes) -> Any:
     return numpy.ndarray((), dtype, bytearray(data))[()]
 
 
-def block_under(array: NDArray[Any]) -> Block | None:
-    """Return the block in which an array lies, of whatever heap; None if it lies in none."""
-    base: object = array
-    while base is not None and not isinstance(base, Block):
-        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    return base
+def block_under(array: NDArray[Any], heap: HeapBase) -> Block | None:
+    """Return the block of the heap in which an array lies; None if it lies in none.
+
+    Found by its address: whoever made it, and whatever keeps its memory.
+    """
+    first = end = _address(array)
+    for n, stride in zip(array.shape, array.strides, strict=True):
+        first += min((n - 1) * stride, 0)
+        end += max((n - 1) * stride, 0)
+    return heap._block_at(first, end + array.itemsize - first)
 
 
 @functools.lru_cache(maxsize=256)

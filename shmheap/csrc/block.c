@@ -408,6 +408,14 @@ static enum sh_status resurrect(const struct sh_ctx *c, const struct sh_ref *r, 
     return sh_count_up(r->word, r->gen, phase) ? SH_OK : SH_STALE;
 }
 
+/* In FINAL: the collector is about to decide. */
+static void await_verdict(struct sh_ctx *c)
+{
+    if (!sh_alive(c, 0))
+        c->ring = true; /* it died: its successor starts again */
+    sh_os_nap(200000);
+}
+
 /* A handle that came from elsewhere becomes a pin of ours. SH_STALE, or SH_AGAIN in FINAL. */
 enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint64_t cell_off,
                         uint32_t seq, int wait_ms, struct sh_ref *r)
@@ -420,15 +428,48 @@ enum sh_status sh_adopt(struct sh_ctx *c, uint64_t data_off, uint64_t gen, uint6
         status = SH_STALE;
     else if (!take_lease(c, r, cell_off, seq))
         status = resurrect(c, r, sh_phase(c));
-    if (status == SH_AGAIN && !sh_alive(c, 0))
-        c->ring = true; /* it died in FINAL: its successor starts again */
     if (status == SH_OK) {
         r->nbytes = sh_block_bytes(c, r, atomic_load_explicit(r->word, ACQ));
         status = sh_pin(c, r);
     }
     sh_leave(c);
     if (status == SH_AGAIN)
-        sh_os_nap(200000);
+        await_verdict(c);
+    return status;
+}
+
+/* The leaf that has these bytes of the data area, if there is one now. */
+static bool find_bytes(const struct sh_ctx *c, uint64_t off, uint64_t nbytes, struct sh_ref *r)
+{
+    if (!sh_locate_inside(c, off, r))
+        return false;
+    uint64_t w = atomic_load_explicit(r->word, ACQ), inside = off - sh_data_offset(c, r);
+    r->gen = SH_GEN(w);
+    r->nbytes = sh_block_bytes(c, r, w);
+    return SH_BSTATE(w) == SH_BLOCK_LIVE && !(w & SH_NODE) && inside < r->nbytes &&
+           nbytes <= r->nbytes - inside;
+}
+
+/* A pin on the leaf that has these bytes of the data area, for who knows it by no handle. SH_STALE:
+ * none has. Looks again once it is counted: if nobody held it, it may have gone meanwhile, and its
+ * pages be another span's. */
+enum sh_status sh_block_at(struct sh_ctx *c, uint64_t off, uint64_t nbytes, int wait_ms,
+                           struct sh_ref *r)
+{
+    enum sh_status status = sh_enter_with_pin(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    struct sh_ref found;
+    status = find_bytes(c, off, nbytes, &found) ? resurrect(c, &found, sh_phase(c)) : SH_STALE;
+    if (status == SH_OK) {
+        bool still = find_bytes(c, off, nbytes, r) && r->word == found.word && r->gen == found.gen;
+        status = still ? sh_pin(c, r) : SH_STALE;
+        if (!still)
+            sh_count_down(c, &found, sh_phase(c));
+    }
+    sh_leave(c);
+    if (status == SH_AGAIN)
+        await_verdict(c);
     return status;
 }
 

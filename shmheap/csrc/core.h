@@ -307,6 +307,7 @@ bool sh_page_in_use(const struct sh_ctx *, uint64_t page);
 void sh_fill_ref(const struct sh_ctx *, struct sh_ref *, uint32_t head, uint64_t span,
                  uint32_t index);
 bool sh_locate(const struct sh_ctx *, uint64_t word_number, struct sh_ref *);
+bool sh_locate_inside(const struct sh_ctx *, uint64_t off, struct sh_ref *);
 bool sh_locate_data(const struct sh_ctx *, uint64_t off, struct sh_ref *);
 uint64_t sh_cell_of(const struct sh_ctx *, const struct sh_ref *);
 bool sh_find_cell(const struct sh_ctx *, uint64_t cell, struct sh_ref *);

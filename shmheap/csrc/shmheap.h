@@ -160,6 +160,8 @@ enum sh_status sh_lease_drop(struct sh_ctx *, uint64_t data_off, uint64_t gen, u
                              uint32_t seq, int wait_ms);
 enum sh_status sh_adopt(struct sh_ctx *, uint64_t data_off, uint64_t gen, uint64_t cell_off,
                         uint32_t seq, int wait_ms, struct sh_ref *);
+enum sh_status sh_block_at(struct sh_ctx *, uint64_t off, uint64_t nbytes, int wait_ms,
+                           struct sh_ref *);
 void sh_waiting(struct sh_ctx *, bool begins);
 enum sh_status sh_wait_memory(struct sh_ctx *, uint32_t seen, int wait_ms);
 uint64_t sh_data_offset(const struct sh_ctx *, const struct sh_ref *);

@@ -89,7 +89,16 @@ bool sh_page_in_use(const struct sh_ctx *c, uint64_t page)
     return page < atomic_load_explicit(&c->hdr->used_pages, ACQ) && page < c->geo.npages;
 }
 
-/* The span in use that a page lies in: its record, and its first page. */
+/* Whether it is a span of blocks, and the page lies in it. */
+static bool span_has_page(const struct sh_ctx *c, uint32_t head, uint64_t span, uint64_t page)
+{
+    uint32_t state = SH_SPAN_STATE(span);
+    return (state == SH_LARGE || state == SH_SMALL) && page - head < SH_SPAN_NPAGES(span) &&
+           sh_span_fits(c, head, span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
+}
+
+/* The span of blocks that a page lies in: its record, and its first page. Pages inside a large
+ * block need not know. */
 static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, uint64_t *span)
 {
     if (!sh_page_in_use(c, page))
@@ -102,9 +111,7 @@ static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, 
             return false;
         *span = sh_span(c, *head);
     }
-    uint32_t state = SH_SPAN_STATE(*span);
-    return (state == SH_LARGE || state == SH_SMALL) && page - *head < SH_SPAN_NPAGES(*span) &&
-           sh_span_fits(c, *head, *span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
+    return span_has_page(c, *head, *span, page);
 }
 
 /* The bytes are those that there is room for. */
@@ -126,26 +133,38 @@ void sh_fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64
     r->word = sh_words(c, head, k->tier) + index;
 }
 
-/* From a handle's offset in the data area. */
-bool sh_locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
+/* The block of a span whose room a byte of the data area is in. */
+static bool locate_in_span(const struct sh_ctx *c, uint64_t off, uint32_t head, uint64_t span,
+                           struct sh_ref *r)
 {
-    uint32_t head, index = 0;
-    uint64_t span;
-    if (off >= c->geo.capacity || !span_of_page(c, off >> c->geo.page_shift, &head, &span))
-        return false;
-    uint64_t inside = off - ((uint64_t)head << c->geo.page_shift);
-    if (SH_SPAN_STATE(span) == SH_LARGE) {
-        if (inside != 0)
-            return false;
-    } else {
-        const struct sh_class *class = &sh_classes[SH_SPAN_KIND(span)];
-        index = sh_block_index(class, inside);
-        if ((uint64_t)index * class->size != inside ||
-            index >= c->kinds[SH_SPAN_KIND(span)].nblocks)
+    uint32_t index = 0, kind = SH_SPAN_KIND(span);
+    if (SH_SPAN_STATE(span) == SH_SMALL) {
+        index = sh_block_index(&sh_classes[kind], off - ((uint64_t)head << c->geo.page_shift));
+        if (index >= c->kinds[kind].nblocks)
             return false;
     }
     sh_fill_ref(c, r, head, span, index);
     return true;
+}
+
+/* From a handle's offset in the data area: the block's first byte. */
+bool sh_locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
+{
+    uint32_t head;
+    uint64_t span;
+    return off < c->geo.capacity && span_of_page(c, off >> c->geo.page_shift, &head, &span) &&
+           locate_in_span(c, off, head, span, r) && sh_data_offset(c, r) == off;
+}
+
+/* From any byte of a block. Cost: of a large one, a look at each of its pages before that byte. */
+bool sh_locate_inside(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
+{
+    uint64_t page = off >> c->geo.page_shift;
+    if (off >= c->geo.capacity || !sh_page_in_use(c, page))
+        return false;
+    uint32_t head = sh_head_of(c, (uint32_t)page);
+    uint64_t span = head != SH_NIL ? sh_span(c, head) : 0;
+    return span_has_page(c, head, span, page) && locate_in_span(c, off, head, span, r);
 }
 
 /* From a cell's word number. Tiers follow each other, the sparsest first. */

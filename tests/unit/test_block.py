@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import os
 import pickle
 import re
 import time
@@ -275,6 +276,89 @@ def test_weak_references_see_it_go(heap: Heap) -> None:
 def test_blocks_are_only_made_by_heaps() -> None:
     with pytest.raises(TypeError):
         Block()
+
+
+# By address
+
+
+def address_of(buffer: object) -> int:
+    array = np.frombuffer(buffer, "u1")  # type: ignore[call-overload]
+    return int(array.__array_interface__["data"][0])
+
+
+@pytest.mark.parametrize("size", [1, 16, 100, 3000, 65536, 65537, 1 << 20, (1 << 20) + 1])
+def test_a_block_is_found_by_the_address_of_its_bytes(hand: HeapByHand, size: int) -> None:
+    blocks = [hand.heap.alloc(size) for _ in range(3)]
+    for block in blocks:
+        first = address_of(block)
+        for start, end in ((0, size), (0, 1), (size // 2, size), (size - 1, size)):
+            assert hand.heap._block_at(first + start, end - start) == block
+        for start, end in ((0, size + 1), (size // 2, size + 1), (size, size + 1), (-1, size)):
+            assert hand.heap._block_at(first + start, end - start) != block
+        assert hand.heap._block_at(first, 0) is None
+        assert hand.heap._block_at(first, -1) is None
+        assert hand.heap._block_at(first, (1 << 63) - 1) is None
+
+
+def test_what_is_found_by_address_holds_the_block(hand: HeapByHand) -> None:
+    block = hand.heap.put(b"abc")
+    found = hand.heap._block_at(address_of(block), 3)
+    assert found is not None
+    block.free()
+    assert bytes(found) == b"abc"
+    found.free()
+    assert hand.stats.heap_objects == 0
+
+
+def test_addresses_of_no_block(hand: HeapByHand) -> None:
+    block, large, shared = hand.heap.alloc(100), hand.heap.alloc(1 << 20), hand.heap.dict()
+    first = address_of(block)
+    data = first - block.offset
+    for address in (0, -1, 1, data - 1, data - 4096, data + (64 << 20), (1 << 63) - 1, -(1 << 63)):
+        assert hand.heap._block_at(address, 1) is None
+    assert hand.heap._block_at(address_of(bytearray(100)), 1) is None
+    assert hand.heap._block_at(data + shared._block.offset, 1) is None, "a collection has no bytes"
+    for gone in (block, large):
+        place = data + gone.offset
+        gone.free()
+        assert hand.heap._block_at(place, 1) is None
+    for address in (1 << 63, -(1 << 63) - 1):
+        with pytest.raises(OverflowError):
+            hand.heap._block_at(address, 1)
+    with pytest.raises(TypeError):
+        hand.heap._block_at(1.0, 1)  # type: ignore[arg-type]
+
+
+def test_each_mapping_of_a_heap_has_its_addresses(hand: HeapByHand, heap_name: str) -> None:
+    block = hand.heap.put(b"abc")
+    again = Heap._attached(os.dup(hand.fd), hand.path, heap_name)
+    assert again is not None
+    found = again._block_at(address_of(block), 3)
+    assert found == block
+    assert address_of(found) == address_of(block)
+    there = pickle.loads(pickle.dumps(again.put(b"xyz")))
+    assert hand.heap._block_at(address_of(there), 3) == there
+    del found, there
+    again.close()
+    with pytest.raises(ValueError, match="closed"):
+        again._block_at(address_of(block), 3)
+    assert hand.heap._block_at(address_of(block), 3) == block
+
+
+def test_nobody_is_saved_by_address_from_a_sweep(hand: HeapByHand) -> None:
+    kept, lost = hand.heap.put(b"kept"), hand.heap.put(b"lost")
+    place = address_of(lost)
+    circle = hand.heap._node_new(2)
+    hand.heap._node_store(circle, 0, circle)
+    hand.heap._node_store(circle, 1, lost)
+    del circle, lost
+    hand.steward.start_cycle()
+    hand.steward.mark()
+    hand.steward.finish_mark()
+    assert hand.heap._block_at(place, 4) is None
+    assert hand.heap._block_at(address_of(kept), 4) == kept
+    assert hand.steward.sweep()[0] == 2
+    hand.steward.end_cycle(1 << 40, True, 0)
 
 
 # Free

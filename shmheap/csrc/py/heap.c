@@ -236,6 +236,44 @@ static PyObject *heap_adopt(Heap *self, PyObject *args)
     return PyErr_Occurred() ? NULL : fail(b, s);
 }
 
+/* Of all that map this arena, the one in whose mapping the byte is. */
+static struct box *box_at(const struct box *own, const uint8_t *byte)
+{
+    pthread_mutex_lock(&boxes_lock);
+    struct box *b = boxes;
+    while (b != NULL &&
+           (b->closed || b->ctx.hdr->nonce != own->ctx.hdr->nonce ||
+            byte < b->ctx.base + b->ctx.geo.data || byte >= b->ctx.base + b->ctx.geo.end))
+        b = b->next;
+    pthread_mutex_unlock(&boxes_lock);
+    return b != NULL && !sh_is_forked(&b->ctx) ? b : NULL;
+}
+
+/* _block_at(address, nbytes) -> the Block whose bytes those are, or None. It is as that mapping of
+ * the arena has it in which the address is. */
+static PyObject *heap_block_at(Heap *self, PyObject *args)
+{
+    Py_ssize_t address, nbytes;
+    enum sh_status s;
+    if (!PyArg_ParseTuple(args, "nn:_block_at", &address, &nbytes) || !box_usable(self->box))
+        return NULL;
+    const uint8_t *byte = (const uint8_t *)address;
+    struct box *b = nbytes > 0 ? box_at(self->box, byte) : NULL;
+    if (b == NULL)
+        Py_RETURN_NONE;
+    Block *block = block_new(b);
+    if (block == NULL)
+        return NULL;
+    uint64_t off = (uint64_t)(byte - b->ctx.base) - b->ctx.geo.data;
+    WAITING_FOR_ROOM(b, s, sh_block_at(&b->ctx, off, (uint64_t)nbytes, SLICE_MS, &block->ref));
+    if (s == SH_OK)
+        return (PyObject *)block;
+    if (!PyErr_Occurred() && s != SH_STALE)
+        fail(b, s);
+    block_discard(block);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *heap_drop_lease(Heap *self, PyObject *args)
 {
     unsigned long long off, gen, cell;
@@ -772,6 +810,7 @@ static PyMethodDef heap_methods[] = {
      "Cost: alloc's, and a copy."},
     {"_alloc_once", (PyCFunction)heap_alloc_once, METH_VARARGS, NULL},
     {"_adopt", (PyCFunction)heap_adopt, METH_VARARGS, NULL},
+    {"_block_at", (PyCFunction)heap_block_at, METH_VARARGS, NULL},
     {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
     {"_dict_new", (PyCFunction)heap_dict_new, METH_NOARGS, NULL},
     {"_list_new", (PyCFunction)heap_list_new, METH_NOARGS, NULL},
