@@ -8,7 +8,7 @@ General layout, from the ground up:
     arena, block            files and their names; handles and leases
     values, arrays          values as bytes and blocks
     containers, roots       shared lists and dicts; named roots
-    holders                 who keeps a block alive
+    sites, holders          where a block was made, who keeps it alive
     coordinator/            the one process per heap that reaps, collects and scavenges
     heap                    Heap: its docstring follows one allocation all the way down
     verify                  the books against the witness

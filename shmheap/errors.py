@@ -86,6 +86,8 @@ class HeapFull(HeapError, MemoryError):
         largest_free_bytes: the longest free run of pages, when the error was made.
         holders: (pid, bytes) of the processes that hold most, largest first; of a block that
             several hold each has its part.
+        allocated_at: (file:line, bytes) of the places whose blocks take most, largest first, of
+            those that were made with SHMHEAP_TRACK=1.
         remedy: what helps; chosen by ``limit`` if not given.
         what: what it was for, if not for a block: then it was for ``requested_bytes`` of that.
 
@@ -104,6 +106,7 @@ class HeapFull(HeapError, MemoryError):
         free_bytes: int = 0,
         largest_free_bytes: int = 0,
         holders: Iterable[tuple[int, int]] = (),
+        allocated_at: Iterable[tuple[str, int]] = (),
         remedy: str | None = None,
         what: str = "",
     ) -> None:
@@ -120,11 +123,12 @@ class HeapFull(HeapError, MemoryError):
         self.free_bytes = free_bytes
         self.largest_free_bytes = largest_free_bytes
         self.holders = tuple((int(pid), int(nbytes)) for pid, nbytes in holders)
+        self.allocated_at = tuple(allocated_at)
         self.remedy = remedy or _LIMITS[limit][1]
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self._problem()} ({self._numbers()}){self._largest_holders()}; {self.remedy}"
+        return f"{self._problem()} ({self._numbers()}){self._largest()}; {self.remedy}"
 
     def _problem(self) -> str:
         wanted = _size(self.requested_bytes)
@@ -147,11 +151,11 @@ class HeapFull(HeapError, MemoryError):
         optional = ("limit", "longest free run")
         return ", ".join(f"{name} {_size(n)}" for name, n in numbers if n or name not in optional)
 
-    def _largest_holders(self) -> str:
-        if not self.holders:
-            return ""
+    def _largest(self) -> str:
         held = ", ".join(f"pid {pid} {_size(nbytes)}" for pid, nbytes in self.holders)
-        return f"; largest holders: {held}"
+        made = ", ".join(f"{where} {_size(nbytes)}" for where, nbytes in self.allocated_at)
+        parts = (("largest holders", held), ("allocated at", made))
+        return "".join(f"; {what}: {which}" for what, which in parts if which)
 
 
 class StaleHandle(HeapError):

@@ -53,6 +53,7 @@ from shmheap.errors import (
 )
 from shmheap.holders import Holder, find_holders
 from shmheap.roots import Roots
+from shmheap.sites import find_sites, is_tracking, track
 from shmheap.stats import GCReport, HeapStats, ScavengeReport
 
 if TYPE_CHECKING:
@@ -277,6 +278,9 @@ class Heap(HeapBase):
         held_by: Counter[int] = Counter()
         for pid, held in self._holders():
             held_by[pid] += held
+        made_at: Counter[str] = Counter()
+        for site in find_sites(self):
+            made_at[site.where] += site.nbytes
         allowed, unit, longest = self._room()
         own = self._config.memory_limit_bytes
         limit_bytes = 0
@@ -302,6 +306,7 @@ class Heap(HeapBase):
             free_bytes=free,
             largest_free_bytes=longest,
             holders=held_by.most_common(5),
+            allocated_at=made_at.most_common(5),
             what=what,
         )
 
@@ -788,6 +793,8 @@ def _forget_starts() -> None:
         heap._bell._starting = None
 
 
+if is_tracking():
+    track(Heap)
 block.find_heaps_with(_find)
 atexit.register(_close_all)
 os.register_at_fork(after_in_child=_forget_starts)  # before it needs a start of its own

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from shmheap.sites import find_sites
+
 if TYPE_CHECKING:
     from shmheap._core import HeapBase
 
@@ -43,6 +45,8 @@ class Holder:
         name: of the root; "" for others.
         age_s: since the lease was made, seconds; 0 for others.
         offset: of the block that refers; -1 for others.
+        allocated_at: file and line that made the block that is held, if its maker ran with
+            SHMHEAP_TRACK=1; else "".
         path: from a name, else a process or lease, through blocks, to this holder. Of a reference
             whose block nobody reaches (a cycle, until it is collected), or only through very many:
             that block alone.
@@ -54,6 +58,7 @@ class Holder:
     name: str = ""
     age_s: float = 0.0
     offset: int = -1
+    allocated_at: str = ""
     path: tuple[str, ...]
 
 
@@ -97,7 +102,8 @@ def find_holders(heap: HeapBase, offsets: Iterable[int]) -> dict[int, tuple[Hold
         level = sorted(above - held.keys())[:MAX_WIDTH]
         if not level:
             break
-    return {at: _holders(held, at) for at in wanted}
+    sites = {site.offset: site.where for site in find_sites(heap)}
+    return {at: _holders(held, at, sites.get(at, "")) for at in wanted}
 
 
 def _names(heap: HeapBase) -> Mapping[int, Sequence[str]]:
@@ -122,7 +128,7 @@ def _ask(
     return held
 
 
-def _holders(held: _Held, offset: int) -> tuple[Holder, ...]:
+def _holders(held: _Held, offset: int, allocated_at: str) -> tuple[Holder, ...]:
     now_ns = time.monotonic_ns()
     return tuple(
         Holder(
@@ -132,6 +138,7 @@ def _holders(held: _Held, offset: int) -> tuple[Holder, ...]:
             name=cell.what if cell.kind == "root" else "",
             age_s=max(now_ns - cell.made_ns, 0) / 1e9 if cell.kind == "lease" else 0.0,
             offset=cell.who if cell.kind == "reference" else -1,
+            allocated_at=allocated_at,
             path=_path(held, cell),
         )
         for cell, count in Counter(held[offset]).items()

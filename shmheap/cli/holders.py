@@ -16,6 +16,8 @@ from shmheap.holders import Holder, find_holders
 
 __all__ = ["holders"]
 
+HEADINGS = ("held by", "times", "age", "block", "at", "size", "allocated at")
+
 LARGEST = 10
 """How many blocks are shown if none is named."""
 
@@ -45,8 +47,9 @@ def holders(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"name": options.name, "blocks": [asdict(block) for block in blocks]})
     elif blocks:
-        rows = (row for block in blocks for row in _rows(block))
-        print_table(("held by", "times", "age", "block", "at", "size"), rows)
+        tracked = any(one.allocated_at for block in blocks for one in block.holders)
+        shown = HEADINGS if tracked else HEADINGS[:-1]
+        print_table(shown, (row[: len(shown)] for block in blocks for row in _rows(block)))
     else:
         print(f"{options.name} has no blocks")
     return 0
@@ -70,11 +73,12 @@ def _at(heap: Heap, offset: int) -> HeldBlock:
 
 def _rows(block: HeldBlock) -> Iterator[tuple[object, ...]]:
     """A row for each holder; the block stands in the first."""
-    this = (block.what, block.offset, "" if block.nbytes is None else size(block.nbytes))
+    nbytes = "" if block.nbytes is None else size(block.nbytes)
     if not block.holders:
-        yield ("nobody, by now", "", "", *this)
+        yield ("nobody, by now", "", "", block.what, block.offset, nbytes, "")
     for i, one in enumerate(block.holders[:SHOWN]):
         age = f"{one.age_s:.1f} s" if one.kind == "lease" else ""
-        yield (" -> ".join(one.path), one.count, age, *(("", "", "") if i else this))
+        this = ("",) * 4 if i else (block.what, block.offset, nbytes, one.allocated_at)
+        yield (" -> ".join(one.path), one.count, age, *this)
     if len(block.holders) > SHOWN:
-        yield (f"and {len(block.holders) - SHOWN:,} more", "", "", "", "", "")
+        yield (f"and {len(block.holders) - SHOWN:,} more", *("",) * 6)

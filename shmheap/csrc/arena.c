@@ -35,6 +35,8 @@ void sh_geometry(struct sh_geometry *g, uint64_t capacity, uint32_t page_shift, 
     at += aligned(SH_MAX_SLOTS * sizeof(struct sh_slot), unit);
     g->roots = at;
     at += aligned((uint64_t)SH_MAX_ROOTS * sizeof(struct sh_root), unit);
+    g->sites = at;
+    at += aligned((uint64_t)SH_NSITES * sizeof(struct sh_site), unit);
     g->pages = at;
     at += aligned((uint64_t)g->npages * sizeof(struct sh_page), unit);
     g->units = at;

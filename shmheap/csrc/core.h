@@ -381,6 +381,8 @@ enum sh_status sh_coll_retire(struct sh_ctx *, struct sh_ref *body, int wait_ms)
 
 /* roots.c */
 enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);
+enum sh_status sh_names_enter(struct sh_ctx *, int wait_ms);
+void sh_names_leave(struct sh_ctx *);
 
 /* mark.c */
 void sh_trace_end(struct sh_ctx *);

@@ -5,7 +5,7 @@
  * of the file, page numbers, or word numbers, never addresses. What a process keeps for itself (its
  * mapping, its bitmaps of free blocks) is struct sh_ctx in shmheap.h.
  *
- *   header | slots | roots | page records | unit words | block words, tier 4..0 | data area
+ *   header | slots | roots | sites | page records | unit words | block words, tier 4..0 | data area
  *
  * The tables are as long as the capacity asks for and sparse: a table page is committed before its
  * first use and costs nothing until then.
@@ -124,6 +124,20 @@ struct sh_root {
     char name[SH_ROOT_NAME_MAX];
 };
 static_assert(sizeof(struct sh_root) == 256, "a root entry is four lines");
+
+/* An allocation site: where in a program a block was made (SHMHEAP_TRACK). It is that of the block
+ * with this word and generation, and nobody's once that is gone. A cache that nothing is rebuilt
+ * from: who finds an entry senseless passes over it. L: roots */
+#define SH_NSITES   65536u
+#define SH_SITE_MAX 108u /* bytes of text */
+
+struct sh_site {
+    _Atomic uint64_t word; /* number, 0 = none; written last */
+    uint64_t gen;
+    uint32_t len; /* bytes of the text */
+    char text[SH_SITE_MAX];
+};
+static_assert(sizeof(struct sh_site) == 128, "a site is two lines");
 
 /* A page (I-1). The record of a span is that of its first page. */
 
@@ -363,6 +377,8 @@ struct sh_header {
     _Alignas(SH_LINE) _Atomic uint32_t closing; /* 1: nobody may attach any more */
     _Atomic uint32_t unlinked;   /* 1: the name is gone; W: whoever unlinked it; no lock */
     _Atomic uint32_t slots_used; /* slots 0..n-1 were used at some time */
+    /* 1: the table of sites is committed, for ever; W: who writes the first; no lock */
+    _Atomic uint32_t sites_committed;
     /* 0, or what was found that cannot be: enum sh_fault:8 where:56; W: whoever finds one first, by
      * CAS, for ever; no L (I-3) */
     _Atomic uint64_t poisoned;
@@ -430,7 +446,7 @@ static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "64-bit atomics are lock-free");
 
 struct sh_geometry {
     uint64_t capacity;
-    uint64_t slots, roots, pages, units, words[SH_NTIERS], data, end; /* offsets, bytes */
+    uint64_t slots, roots, sites, pages, units, words[SH_NTIERS], data, end; /* offsets, bytes */
     uint32_t page_shift, unit_shift;
     uint32_t npages;
 };

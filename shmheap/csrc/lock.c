@@ -238,7 +238,7 @@ static bool may_be_logged(const struct sh_ctx *c, uint64_t off)
     uint64_t heap_end = (uint64_t)((const uint8_t *)&h->past_mallocs - c->base);
     if (off % 8 != 0)
         return false;
-    return (off >= heap && off < heap_end) || (off >= c->geo.roots && off < c->geo.pages) ||
+    return (off >= heap && off < heap_end) || (off >= c->geo.roots && off < c->geo.sites) ||
            (off >= c->geo.pages && off < c->geo.units);
 }
 

@@ -58,7 +58,7 @@ enum sh_status sh_names_lock(struct sh_ctx *c, int wait_ms)
 }
 
 /* Roots lock, then our process lock. */
-static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
+enum sh_status sh_names_enter(struct sh_ctx *c, int wait_ms)
 {
     enum sh_status status = sh_names_lock(c, wait_ms);
     if (status != SH_OK)
@@ -69,7 +69,7 @@ static enum sh_status lock_both(struct sh_ctx *c, int wait_ms)
     return status;
 }
 
-static void unlock_both(struct sh_ctx *c)
+void sh_names_leave(struct sh_ctx *c)
 {
     sh_leave(c);
     sh_unlock(c, &c->hdr->roots);
@@ -146,12 +146,12 @@ static enum sh_status set_or_add(struct sh_ctx *c, const char *name, uint32_t le
                                  const struct sh_ref *ref, const uint64_t *expected, int wait_ms)
 {
     for (;;) {
-        enum sh_status status = lock_both(c, wait_ms);
+        enum sh_status status = sh_names_enter(c, wait_ms);
         if (status != SH_OK)
             return status;
         status = set_locked(c, name, len, ref, expected);
         uint64_t used = c->hdr->roots_used;
-        unlock_both(c);
+        sh_names_leave(c);
         if (status == SH_OK)
             return sh_after_free(c);
         if (status != SH_SLOW)
@@ -191,7 +191,7 @@ enum sh_status sh_root_replace(struct sh_ctx *c, const char *name, uint32_t len,
 enum sh_status sh_root_clear_of(struct sh_ctx *c, const char *name, uint32_t len,
                                 const struct sh_ref *only, int wait_ms)
 {
-    enum sh_status status = lock_both(c, wait_ms);
+    enum sh_status status = sh_names_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
     uint64_t *link, entry;
@@ -205,7 +205,7 @@ enum sh_status sh_root_clear_of(struct sh_ctx *c, const char *name, uint32_t len
         replace_cell(c, root_at(c, entry), 0);
         remove_entry(c, link, entry);
     }
-    unlock_both(c);
+    sh_names_leave(c);
     return status == SH_OK ? sh_after_free(c) : status;
 }
 
@@ -220,7 +220,7 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
 {
     enum sh_status status = sh_refill(c, SH_KIND_PINS, wait_ms);
     if (status == SH_OK)
-        status = lock_both(c, wait_ms);
+        status = sh_names_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
     uint64_t entry, *link;
@@ -236,7 +236,7 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
         if (status == SH_SLOW) /* another thread took the last pin; the root still counts */
             sh_count_down(c, r, sh_phase(c));
     }
-    unlock_both(c);
+    sh_names_leave(c);
     return status == SH_SLOW ? SH_BUSY : status;
 }
 
@@ -245,7 +245,7 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
 enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
                             uint32_t *len, int wait_ms)
 {
-    enum sh_status status = lock_both(c, wait_ms);
+    enum sh_status status = sh_names_enter(c, wait_ms);
     if (status != SH_OK)
         return status;
     status = SH_ABSENT;
@@ -257,6 +257,6 @@ enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT
         memcpy(name, r->name, r->len);
         status = SH_OK;
     }
-    unlock_both(c);
+    sh_names_leave(c);
     return status;
 }

@@ -271,6 +271,16 @@ enum sh_status sh_root_clear_of(struct sh_ctx *, const char *name, uint32_t len,
 enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
                             uint32_t *len, int wait_ms);
 
+/* sites.c: where blocks were made */
+struct sh_made_at {
+    uint64_t offset, nbytes; /* of the block */
+    uint32_t len;
+    char text[SH_SITE_MAX];
+};
+enum sh_status sh_site_set(struct sh_ctx *, const struct sh_ref *, const char *text, uint32_t len,
+                           int wait_ms);
+enum sh_status sh_site_next(struct sh_ctx *, uint32_t *entry, struct sh_made_at *, int wait_ms);
+
 /* coord.c: what the coordinator does outside a collection */
 struct sh_reaped {
     uint64_t pins, leases, spans, pin_bytes, lease_bytes;

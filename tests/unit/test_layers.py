@@ -27,7 +27,7 @@ PYTHON_FLOORS = (
     ("errors", "config", "stats", "rss"),
     ("_core",),
     ("limits",),
-    ("arena", "block", "arrays"),
+    ("arena", "block", "arrays", "sites"),
     ("values", "roots", "holders", "containers", "coordinator", "verify"),
     ("heap",),
     ("cache", "pool", "plugins", "testing"),
@@ -51,7 +51,7 @@ C_FLOORS = (
     ("record",),
     ("coll",),
     ("arena", "roots", "mark", "table", "list", "coord"),
-    ("check", "holders"),
+    ("check", "holders", "sites"),
     ("inspect",),
     ("py/py",),  # a header
     ("py/coll",),  # a header

@@ -697,6 +697,33 @@ static PyObject *heap_largest(Heap *self, PyObject *args)
     return largest_of(self->box, n);
 }
 
+/* _set_site(block, text) -> whether it could be kept where the block was made */
+static PyObject *heap_set_site(Heap *self, PyObject *args)
+{
+    const char *text;
+    Py_ssize_t len;
+    struct sh_ref ref;
+    enum sh_status s;
+    Block *block;
+    if (!PyArg_ParseTuple(args, "O!y#:_set_site", state->block_type, &block, &text, &len) ||
+        !box_usable(self->box) || !handle_usable(block))
+        return NULL;
+    struct box *b = self->box;
+    if (!ref_here(b, block, &ref))
+        return PyErr_Format(PyExc_ValueError, "the block belongs to another heap");
+    uint32_t n = len < (Py_ssize_t)SH_SITE_MAX ? (uint32_t)len : SH_SITE_MAX;
+    WAITING(b, s, sh_site_set(&b->ctx, &ref, text, n, SLICE_MS));
+    if (PyErr_Occurred())
+        return NULL;
+    return s == SH_OK || is_short(s) ? PyBool_FromLong(s == SH_OK) : fail(b, s);
+}
+
+static PyObject *heap_sites(Heap *self, PyObject *unused)
+{
+    (void)unused;
+    return box_usable(self->box) ? sites_of(self->box) : NULL;
+}
+
 static PyObject *heap_coordinator_alive(Heap *self, PyObject *unused)
 {
     (void)unused;
@@ -828,6 +855,8 @@ static PyMethodDef heap_methods[] = {
     {"_holders", (PyCFunction)heap_holders, METH_NOARGS, NULL},
     {"_holders_of", (PyCFunction)heap_holders_of, METH_O, NULL},
     {"_largest", (PyCFunction)heap_largest, METH_VARARGS, NULL},
+    {"_set_site", (PyCFunction)heap_set_site, METH_VARARGS, NULL},
+    {"_sites", (PyCFunction)heap_sites, METH_NOARGS, NULL},
     {"_request", (PyCFunction)heap_request, METH_VARARGS, NULL},
     {"_await", (PyCFunction)heap_await, METH_VARARGS, NULL},
     {"_room", (PyCFunction)heap_room, METH_NOARGS, NULL},

@@ -253,6 +253,27 @@ PyObject *largest_of(struct box *b, uint32_t n)
     return list;
 }
 
+/* (offset, bytes, where it was made) of every block of which that is known. */
+PyObject *sites_of(struct box *b)
+{
+    struct sh_made_at made;
+    uint32_t entry = 0;
+    enum sh_status s = SH_OK;
+    PyObject *list = PyList_New(0);
+    box_enter(b);
+    while (list != NULL && s == SH_OK) {
+        WAITING(b, s, sh_site_next(&b->ctx, &entry, &made, SLICE_MS));
+        if (s == SH_OK && append(list, Py_BuildValue("(KKy#)", (unsigned long long)made.offset,
+                                                     (unsigned long long)made.nbytes, made.text,
+                                                     (Py_ssize_t)made.len)) != 0)
+            Py_CLEAR(list);
+    }
+    box_leave(b);
+    if (PyErr_Occurred() || (s != SH_ABSENT && fail(b, s) == NULL))
+        Py_CLEAR(list);
+    return list;
+}
+
 /* (pid, bytes of the blocks it made less those it freed, pins) of every process. */
 PyObject *processes_of(const struct sh_ctx *c)
 {

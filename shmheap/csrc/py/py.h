@@ -181,6 +181,7 @@ PyObject *inspect_of(struct box *);
 PyObject *held_bytes_of(struct box *);
 PyObject *holders_of(struct box *, PyObject *offsets);
 PyObject *largest_of(struct box *, uint32_t n);
+PyObject *sites_of(struct box *);
 PyObject *processes_of(const struct sh_ctx *);
 PyObject *config_of(const struct sh_ctx *);
 
