@@ -303,6 +303,19 @@ static void open_unleased(struct scene *s)
     struct handle h = {s->taken.off, s->taken.gen, 0, 0};
     CHECK_OK(sh_adopt(V, h.off, h.gen, h.cell, h.seq, 1000, &s->mine));
 }
+static void open_by_address(struct scene *s)
+{
+    may_be_full(sh_block_at(V, s->taken.off + 100, 50, 1000, &s->mine));
+}
+static void note_site(struct scene *s)
+{
+    may_be_full(sh_site_set(V, &s->mine, "job.py:7", 8, 1000));
+}
+static void have_site(struct scene *s)
+{
+    have_small(s);
+    note_site(s); /* the table is committed once, and all of it is compared at each point */
+}
 static void set_root(struct scene *s)
 {
     CHECK_OK(sh_root_set(V, "there", 5, &s->mine, 1000));
@@ -876,6 +889,8 @@ const struct op ops[] = {
     {"lease-take", TAKES_LEASE, lease_and_forget, have_small, open_taken},
     {"lease-drop", 0, NULL, have_lease, drop_lease},
     {"handle-open", 0, name_handle, have_small, open_unleased},
+    {"handle-by-address", 0, name_handle, NULL, open_by_address},
+    {"site-set", 0, NULL, have_site, note_site},
     {"root-set", 0, NULL, have_small, set_new_root},
     {"root-replace", 0, name_handle, have_small, set_root},
     {"root-clear", 0, name_handle, have_small, clear_root},
