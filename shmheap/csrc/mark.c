@@ -67,11 +67,13 @@ static enum sh_status each_word(struct sh_ctx *c, visit *v, void *arg)
     return status == SH_ABSENT ? SH_OK : status;
 }
 
+/* Touches go with the marks: epochs come round, and garbage that was touched in one 63 collections
+ * ago would be taken for touched, with all that it names. Everybody is in IDLE: nobody touches. */
 static void clear_mark(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
 {
     (void)c, (void)arg;
-    if (atomic_load_explicit(word, RLX) & SH_MARKED)
-        atomic_fetch_and_explicit(word, ~SH_MARKED, ACQR);
+    if (atomic_load_explicit(word, RLX) & (SH_MARKED | SH_TOUCH_MASK))
+        atomic_fetch_and_explicit(word, ~(SH_MARKED | SH_TOUCH_MASK), ACQR);
 }
 
 /* A sweep that was given up goes on, as a successor's does. In IDLE a handle that is still about

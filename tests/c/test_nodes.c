@@ -242,6 +242,36 @@ static void test_cycles_are_collected(void)
     stage_end(s);
 }
 
+/* Epochs come round: a touch is of the collection that it was made in, and of no later one. */
+
+#define RING   20u
+#define EPOCHS 63u
+
+static void test_an_old_touch_keeps_nothing(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref ring[RING], next;
+    uint64_t blocks;
+    for (uint32_t i = 0; i < RING; i++)
+        ring[i] = node_new(&s->a, 1);
+    for (uint32_t i = 0; i < RING; i++)
+        node_store(&s->a, &ring[i], 0, &ring[(i + 1) % RING]);
+    for (uint32_t i = 0; i < EPOCHS; i++) { /* each is touched in another one */
+        CHECK_OK(sh_start_cycle(&s->lead));
+        CHECK_OK(sh_mark(&s->lead, &blocks));
+        if (i < RING) {
+            CHECK_OK(sh_node_load(&s->a, &ring[i], 0, 1000, &next));
+            block_drop(&s->a, &next);
+        }
+        CHECK_OK(sh_finish_mark(&s->lead, &blocks));
+        CHECK(end_collection(&s->lead) == 0);
+    }
+    for (uint32_t i = 0; i < RING; i++)
+        block_drop(&s->a, &ring[i]);
+    CHECK(collect(&s->lead) == RING);
+    stage_end(s);
+}
+
 /* What garbage names and others hold stays, with its count put right. */
 static void test_garbage_lets_go(void)
 {
@@ -576,6 +606,7 @@ int main(void)
         {"reports_say_what_went_with_the_dead", test_reports_say_what_went_with_the_dead},
         {"a_lease_ends_with_its_time", test_a_lease_ends_with_its_time},
         {"cycles_are_collected", test_cycles_are_collected},
+        {"an_old_touch_keeps_nothing", test_an_old_touch_keeps_nothing},
         {"garbage_lets_go", test_garbage_lets_go},
         {"marking_follows_references", test_marking_follows_references},
         {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},

@@ -819,8 +819,10 @@ static void start_cycle(struct oracle *o)
     CHECK_OK(sh_start_cycle(&o->lead));
     o->phase = SH_MARK;
     o->epoch = o->epoch == 63 ? 1 : o->epoch + 1;
-    for (uint32_t i = 0; i < o->nblocks; i++)
+    for (uint32_t i = 0; i < o->nblocks; i++) {
         o->block[i]->marked = false;
+        o->block[i]->touched = 0;
+    }
 }
 
 static void mark(struct oracle *o)
