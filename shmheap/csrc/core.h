@@ -343,15 +343,23 @@ void sh_unpin_locked(struct sh_ctx *, const struct sh_ref *); /* locked */
 /* node.c. Locked */
 bool sh_hold_cell(struct sh_ctx *, uint64_t cell, struct sh_ref *);
 bool sh_swap_ref(struct sh_ctx *, _Atomic uint64_t *at, uint64_t old, uint64_t new);
+bool sh_swap_found(struct sh_ctx *, _Atomic uint64_t *at, uint64_t old, const struct sh_ref *,
+                   uint64_t new);
 
 /* record.c. Locked */
 enum sh_status sh_record_refill(struct sh_ctx *, const struct sh_key *, const struct sh_value *,
                                 bool node, int wait_ms); /* not locked */
 enum sh_status sh_record_take(struct sh_ctx *, const struct sh_key *, const struct sh_value *,
                               bool node, struct sh_ref *);
-bool sh_record_is(const struct sh_ref *, const struct sh_key *, uint32_t *form);
-uint64_t sh_record_hash(const struct sh_ref *);
-enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, struct sh_found *);
+struct sh_look { /* what a record says of itself */
+    uint64_t hash, kinds;
+    uint32_t nrefs, key_bytes, nbytes;
+    const uint8_t *bytes;
+};
+bool sh_record_look(const struct sh_ref *, struct sh_look *);
+bool sh_look_is(const struct sh_look *, const struct sh_key *);
+enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, const struct sh_look *,
+                               struct sh_found *);
 
 /* coll.c */
 static inline struct sh_coll *sh_coll_of(const struct sh_use *u)

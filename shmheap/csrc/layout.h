@@ -294,6 +294,7 @@ struct sh_record {
 };
 #define SH_RECORD_KINDS(key, form, kind) \
     ((uint64_t)(key) | (uint64_t)(form) << 8 | (uint64_t)(kind) << 16)
+#define SH_RECORD_FORM(kinds) ((uint32_t)((kinds) >> 8) & 0xffu)
 
 struct sh_lease {
     _Atomic uint64_t cell;    /* 0 = none; W: owner sets, taker or reaper clears by CAS */

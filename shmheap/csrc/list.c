@@ -75,8 +75,11 @@ static uint64_t word_of(const struct sh_value *v)
 static void read_word(uint64_t word, struct sh_found *f)
 {
     uint64_t bits = word >> 24 << 23 | (word & SH_CELL_LOW_MASK);
-    *f = (struct sh_found){.kind = bits & 15u, .nbytes = (uint32_t)(bits >> 4) & 7u};
-    f->nbytes = f->nbytes < IN_WORD ? f->nbytes : IN_WORD;
+    uint32_t nbytes = (uint32_t)(bits >> 4) & 7u;
+    f->kind = bits & 15u;
+    f->nbytes = nbytes < IN_WORD ? nbytes : IN_WORD;
+    f->key_kind = f->key_form = f->key_bytes = f->nrefs = 0;
+    f->pinned = false;
     for (uint32_t i = 0; i < f->nbytes; i++)
         f->small[i] = (uint8_t)(bits >> (7 + 8 * i));
     f->key = f->value = f->small;
@@ -107,6 +110,7 @@ static void put(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t item)
 static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i, struct sh_found *f)
 {
     struct sh_ref r;
+    struct sh_look l;
     uint64_t item = atomic_load_explicit(item_at(u, i), ACQ);
     if (item == 0)
         return SH_AGAIN; /* taken out meanwhile */
@@ -114,9 +118,9 @@ static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i,
         read_word(item, f);
         return SH_OK;
     }
-    if (!sh_find_cell(c, item, &r))
+    if (!sh_find_cell(c, item, &r) || !sh_record_look(&r, &l))
         return SH_AGAIN;
-    enum sh_status status = sh_record_found(c, &r, f);
+    enum sh_status status = sh_record_found(c, &r, &l, f);
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && atomic_load_explicit(item_at(u, i), ACQ) != item)

@@ -22,21 +22,27 @@ bool sh_hold_cell(struct sh_ctx *c, uint64_t cell, struct sh_ref *r)
     return sh_find_cell(c, cell, r) && sh_count_up(r->word, r->gen, sh_phase(c));
 }
 
-/* Puts a word in the place of another, which is touched first, and then let go (rules 6 and 7).
- * What the new one names is counted already. False: the place has another one by now. Locked. */
-inline bool sh_swap_ref(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t old, uint64_t new)
+/* Puts a word in the place of another, which names *r (NULL: nothing that lives): that is touched
+ * first, and then let go (rules 6 and 7). What the new one names is counted already. False: the
+ * place has another one by now. Locked. */
+inline bool sh_swap_found(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t old,
+                          const struct sh_ref *r, uint64_t new)
 {
-    struct sh_ref r;
     uint32_t phase = sh_phase(c);
-    bool held = sh_find_cell(c, old, &r);
-    if (held && sh_phase_of(phase) != SH_IDLE)
-        sh_touch(r.word, r.gen, phase);
+    if (r != NULL && sh_phase_of(phase) != SH_IDLE)
+        sh_touch(r->word, r->gen, phase);
     if (!atomic_compare_exchange_strong_explicit(at, &old, new, ACQR, ACQ))
         return false;
     SH_CRASH("node:stored");
-    if (held)
-        sh_count_down(c, &r, phase);
+    if (r != NULL)
+        sh_count_down(c, r, phase);
     return true;
+}
+
+bool sh_swap_ref(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t old, uint64_t new)
+{
+    struct sh_ref r;
+    return sh_swap_found(c, at, old, sh_find_cell(c, old, &r) ? &r : NULL, new);
 }
 
 /* Pins what the i-th reference names. SH_ABSENT: it names nothing. SH_CORRUPT: the node has none,

@@ -16,30 +16,31 @@ static uint64_t fold(uint64_t a, uint64_t b)
     return (uint64_t)m ^ (uint64_t)(m >> 64);
 }
 
+/* The n < 8 bytes as a word, another for each content of that length, in reads of fixed sizes. */
+static uint64_t tail_of(const uint8_t *p, uint64_t n)
+{
+    uint32_t first, last;
+    if (n < 4)
+        return n == 0 ? 0 : p[0] | (uint64_t)p[n / 2] << 8 | (uint64_t)p[n - 1] << 16;
+    memcpy(&first, p, 4);
+    memcpy(&last, p + n - 4, 4);
+    return SH_PAIR(last, first);
+}
+
 uint64_t sh_hash(const void *bytes, uint64_t n, uint64_t seed)
 {
     const uint8_t *p = bytes;
-    uint64_t h = seed ^ 0x9e3779b97f4a7c15ull, last = 0, word;
+    uint64_t h = seed ^ 0x9e3779b97f4a7c15ull, word;
     for (; n >= 8; p += 8, n -= 8) {
         memcpy(&word, p, 8);
         h = fold(h ^ word, 0xa0761d6478bd642full);
     }
-    memcpy(&last, p, n);
-    return fold(h ^ last, 0xe7037ed1a0b428dbull ^ n);
+    return fold(h ^ tail_of(p, n), 0xe7037ed1a0b428dbull ^ n);
 }
 
-/* Making one. Locked */
-
-/* What a record says of itself, each word read once: who looks without holding it may meet another
- * block's bytes. */
-struct look {
-    uint64_t hash, kinds;
-    uint32_t nrefs, key_bytes, nbytes;
-    const uint8_t *bytes;
-};
-
-/* False: the block has no room for what it says that it has. */
-static bool look_at(const struct sh_ref *r, struct look *l)
+/* False: the block has no room for what it says that it has. Whoever looks without holding it may
+ * meet another block's bytes, so each word is read once. Inline: each look-up asks it. */
+inline bool sh_record_look(const struct sh_ref *r, struct sh_look *l)
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ), at = 0;
     l->nrefs = 0;
@@ -61,6 +62,8 @@ static bool look_at(const struct sh_ref *r, struct look *l)
     l->bytes = record->bytes;
     return (uint64_t)l->key_bytes + l->nbytes <= r->nbytes - at - sizeof *record;
 }
+
+/* Making one. Locked */
 
 static uint64_t record_bytes(const struct sh_key *k, const struct sh_value *v)
 {
@@ -155,46 +158,33 @@ __attribute__((no_sanitize("thread"))) static void copy(uint8_t *to, const uint8
     memcpy(to, from, n);
 }
 
-bool sh_record_is(const struct sh_ref *r, const struct sh_key *k, uint32_t *form)
+inline bool sh_look_is(const struct sh_look *l, const struct sh_key *k)
 {
-    struct look l;
-    if (!look_at(r, &l) || l.hash != k->hash || (l.kinds & 0xffu) != k->kind ||
-        l.key_bytes != k->nbytes)
-        return false;
-    *form = (uint32_t)(l.kinds >> 8) & 0xffu;
-    return same(l.bytes, k->bytes, k->nbytes);
+    return l->hash == k->hash && (l->kinds & 0xffu) == k->kind && l->key_bytes == k->nbytes &&
+           same(l->bytes, k->bytes, k->nbytes);
 }
 
-/* The hash of the key of a record that is held. */
-uint64_t sh_record_hash(const struct sh_ref *r)
+/* Says what is in a record at which we have looked. Copies it if it is small; else it is pinned.
+ * SH_SLOW: no pin is free. SH_AGAIN: it is gone. */
+enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, const struct sh_look *l,
+                               struct sh_found *f)
 {
-    struct look l;
-    return look_at(r, &l) ? l.hash : 0;
-}
-
-/* Says what is in a record. Copies it if it is small; else it is pinned. SH_SLOW: no pin is free.
- * SH_AGAIN: it is gone, or was never whole. */
-enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, struct sh_found *f)
-{
-    struct look l;
-    if (!look_at(r, &l))
-        return SH_AGAIN;
-    *f = (struct sh_found){.key_kind = (uint32_t)l.kinds & 0xffu,
-                           .key_form = (uint32_t)(l.kinds >> 8) & 0xffu,
-                           .kind = (uint32_t)(l.kinds >> 16) & 0xffu,
-                           .key_bytes = l.key_bytes,
-                           .nbytes = l.nbytes,
-                           .nrefs = l.nrefs,
-                           .record = *r};
-    f->pinned = l.nrefs != 0 || (uint64_t)l.key_bytes + l.nbytes > SH_COPY_MAX;
-    f->key = f->pinned ? l.bytes : f->small;
-    f->value = f->key + l.key_bytes;
+    f->key_kind = (uint32_t)l->kinds & 0xffu;
+    f->key_form = SH_RECORD_FORM(l->kinds);
+    f->kind = (uint32_t)(l->kinds >> 16) & 0xffu;
+    f->key_bytes = l->key_bytes;
+    f->nbytes = l->nbytes;
+    f->nrefs = l->nrefs;
+    f->pinned = l->nrefs != 0 || (uint64_t)l->key_bytes + l->nbytes > SH_COPY_MAX;
+    f->key = f->pinned ? l->bytes : f->small;
+    f->value = f->key + l->key_bytes;
     if (!f->pinned) {
-        copy(f->small, l.bytes, l.key_bytes + l.nbytes);
+        copy(f->small, l->bytes, l->key_bytes + l->nbytes);
         return SH_OK;
     }
     if (!sh_count_up(r->word, r->gen, sh_phase(c)))
         return SH_AGAIN;
+    f->record = *r;
     enum sh_status status = sh_pin(c, &f->record);
     if (status != SH_OK)
         sh_count_down(c, r, sh_phase(c));
@@ -208,7 +198,8 @@ enum sh_status sh_record_get(struct sh_ctx *c, const struct sh_ref *r, int wait_
     enum sh_status status = sh_enter_with_pin(c, wait_ms);
     if (status != SH_OK)
         return status;
-    status = sh_record_found(c, r, f);
+    struct sh_look l;
+    status = sh_record_look(r, &l) ? sh_record_found(c, r, &l, f) : SH_AGAIN;
     if (status == SH_AGAIN)
         status = sh_corrupt(c, SH_FAULT_NODE, sh_word_number(c, r->word));
     sh_leave(c);

@@ -58,14 +58,19 @@ enum sh_status sh_dict_new(struct sh_ctx *c, int wait_ms, struct sh_ref *r)
 struct spot {
     uint64_t place, cell; /* what is there, without SH_REF_FROZEN */
     bool frozen;
-    uint32_t form;   /* of the key there */
     struct sh_ref r; /* the record */
+    struct sh_look look;
 };
 
 static bool unchanged(const struct sh_use *u, const struct spot *s)
 {
     uint64_t now = atomic_load_explicit(place_at(u, s->place), ACQ);
     return (now & ~SH_REF_FROZEN) == s->cell;
+}
+
+static bool look_at(struct sh_ctx *c, struct spot *s)
+{
+    return sh_find_cell(c, s->cell, &s->r) && sh_record_look(&s->r, &s->look);
 }
 
 /* Whether the key is at a place. What is read there counts if the place has not changed since. */
@@ -79,8 +84,7 @@ static bool is_at(struct sh_ctx *c, const struct sh_use *u, uint64_t place,
         s->frozen = ref != s->cell;
         if (s->cell == 0)
             return false;
-        bool there = sh_find_cell(c, s->cell, &s->r);
-        bool same = there && sh_record_is(&s->r, key, &s->form);
+        bool same = look_at(c, s) && sh_look_is(&s->look, key);
         if (unchanged(u, s))
             return same;
     }
@@ -112,7 +116,7 @@ static enum sh_status look_up(struct sh_ctx *c, const struct sh_use *u, const st
 static enum sh_status found(struct sh_ctx *c, const struct sh_use *u, const struct spot *s,
                             struct sh_found *f)
 {
-    enum sh_status status = sh_record_found(c, &s->r, f);
+    enum sh_status status = sh_record_found(c, &s->r, &s->look, f);
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && !unchanged(u, s))
@@ -189,15 +193,14 @@ static void insert(struct sh_ctx *c, struct sh_use *u, const struct sh_ref *r, u
  * look. */
 static void repair_place(struct sh_ctx *c, struct sh_use *u, uint64_t place)
 {
-    struct sh_ref r;
-    uint64_t cell;
-    while ((cell = atomic_load_explicit(place_at(u, place), ACQ)) != 0) {
+    struct spot s;
+    while ((s.cell = atomic_load_explicit(place_at(u, place), ACQ)) != 0) {
         SH_CRASH("dict:repairing");
-        if (sh_find_cell(c, cell, &r) && is_indexed(u, sh_record_hash(&r), place)) {
+        if (look_at(c, &s) && is_indexed(u, s.look.hash, place)) {
             use_place(u, place);
             return;
         }
-        sh_swap_ref(c, place_at(u, place), cell, 0);
+        sh_swap_ref(c, place_at(u, place), s.cell, 0);
     }
 }
 
@@ -226,12 +229,13 @@ static void copy_some(struct sh_ctx *c, const struct sh_use *old, const struct s
     uint64_t end = *from + SLICE < used_of(old) ? *from + SLICE : used_of(old);
     for (; *from < end; ++*from) {
         struct sh_ref r;
+        struct sh_look look;
         uint64_t cell = sh_freeze(place_at(old, *from));
         SH_CRASH("dict:frozen");
         if (cell == 0 || !sh_hold_cell(c, cell, &r))
             continue;
         atomic_store_explicit(place_at(new, *to), cell, REL);
-        index_place(new, sh_record_hash(&r), (*to)++);
+        index_place(new, sh_record_look(&r, &look) ? look.hash : 0, (*to)++);
     }
 }
 
@@ -306,11 +310,12 @@ static enum sh_status replace(struct sh_ctx *c, struct sh_use *u, const struct s
 {
     struct sh_ref r;
     struct sh_key kept = *key;
-    kept.form = s->form; /* as in a dict, the key stays that was there first */
+    kept.form =
+        SH_RECORD_FORM(s->look.kinds); /* as in a dict, the key stays that was there first */
     enum sh_status status = sh_record_take(c, &kept, v, v->nrefs != 0, &r);
     if (status != SH_OK)
         return status;
-    if (!s->frozen && sh_swap_ref(c, place_at(u, s->place), s->cell, sh_cell_of(c, &r)))
+    if (!s->frozen && sh_swap_found(c, place_at(u, s->place), s->cell, &s->r, sh_cell_of(c, &r)))
         return SH_OK;
     sh_count_down(c, &r, sh_phase(c)); /* nobody ever held it */
     return s->frozen ? SH_CHANGED : SH_AGAIN;
@@ -387,7 +392,7 @@ enum sh_status sh_dict_set(struct sh_ctx *c, struct sh_use *u, const struct sh_k
 /* SH_AGAIN: what is there was replaced meanwhile, without the lock. */
 static enum sh_status delete(struct sh_ctx *c, struct sh_use *u, const struct spot *s)
 {
-    if (!sh_swap_ref(c, place_at(u, s->place), s->cell, 0))
+    if (!sh_swap_found(c, place_at(u, s->place), s->cell, &s->r, 0))
         return SH_AGAIN;
     SH_CRASH("dict:deleted");
     sh_bump(&tail(u)->live, (uint64_t)-1);
@@ -411,7 +416,7 @@ static bool last_spot(struct sh_ctx *c, struct sh_use *u, struct spot *s)
     uint64_t last = atomic_load_explicit(&tail(u)->last, RLX);
     for (s->place = last < used_of(u) ? last : used_of(u); s->place-- > 0;) {
         s->cell = atomic_load_explicit(place_at(u, s->place), ACQ) & ~SH_REF_FROZEN;
-        if (s->cell == 0 || !sh_find_cell(c, s->cell, &s->r))
+        if (s->cell == 0 || !look_at(c, s))
             continue;
         atomic_store_explicit(&tail(u)->last, s->place + 1, RLX);
         return true;
@@ -461,7 +466,7 @@ static enum sh_status next(struct sh_ctx *c, struct sh_use *u, uint64_t *place, 
         s.cell = atomic_load_explicit(place_at(u, *place), ACQ) & ~SH_REF_FROZEN;
         if (s.cell == 0)
             continue;
-        if (!sh_find_cell(c, s.cell, &s.r))
+        if (!look_at(c, &s))
             return SH_AGAIN;
         enum sh_status status = found(c, u, &s, f);
         *place += status == SH_OK;

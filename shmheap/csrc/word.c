@@ -66,7 +66,7 @@ __attribute__((no_sanitize("thread"))) static uint64_t read_padding(const uint8_
     return padding < size ? padding : size;
 }
 
-uint64_t sh_block_bytes(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w)
+inline uint64_t sh_block_bytes(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w)
 {
     if (r->kind == SH_KIND_LARGE) {
         uint64_t n = atomic_load_explicit(&sh_page(c, r->page)->link, RLX);
@@ -90,18 +90,21 @@ bool sh_page_in_use(const struct sh_ctx *c, uint64_t page)
 }
 
 /* Whether it is a span of blocks, and the page lies in it. */
-static bool span_has_page(const struct sh_ctx *c, uint32_t head, uint64_t span, uint64_t page)
+static inline bool span_has_page(const struct sh_ctx *c, uint32_t head, uint64_t span,
+                                 uint64_t page, uint64_t used)
 {
     uint32_t state = SH_SPAN_STATE(span);
     return (state == SH_LARGE || state == SH_SMALL) && page - head < SH_SPAN_NPAGES(span) &&
-           sh_span_fits(c, head, span, atomic_load_explicit(&c->hdr->used_pages, ACQ));
+           sh_span_fits(c, head, span, used);
 }
 
 /* The span of blocks that a page lies in: its record, and its first page. Pages inside a large
  * block need not know. */
-static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, uint64_t *span)
+static inline bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head,
+                                uint64_t *span)
 {
-    if (!sh_page_in_use(c, page))
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, ACQ);
+    if (page >= used || page >= c->geo.npages)
         return false;
     *head = (uint32_t)page;
     *span = sh_span(c, *head);
@@ -111,12 +114,12 @@ static bool span_of_page(const struct sh_ctx *c, uint64_t page, uint32_t *head, 
             return false;
         *span = sh_span(c, *head);
     }
-    return span_has_page(c, *head, *span, page);
+    return span_has_page(c, *head, *span, page, used);
 }
 
 /* The bytes are those that there is room for. */
-void sh_fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
-                 uint32_t index)
+inline void sh_fill_ref(const struct sh_ctx *c, struct sh_ref *r, uint32_t head, uint64_t span,
+                        uint32_t index)
 {
     r->page = head;
     if (SH_SPAN_STATE(span) == SH_LARGE) {
@@ -160,15 +163,16 @@ bool sh_locate_data(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
 bool sh_locate_inside(const struct sh_ctx *c, uint64_t off, struct sh_ref *r)
 {
     uint64_t page = off >> c->geo.page_shift;
-    if (off >= c->geo.capacity || !sh_page_in_use(c, page))
+    uint64_t used = atomic_load_explicit(&c->hdr->used_pages, ACQ);
+    if (off >= c->geo.capacity || page >= used)
         return false;
     uint32_t head = sh_head_of(c, (uint32_t)page);
     uint64_t span = head != SH_NIL ? sh_span(c, head) : 0;
-    return span_has_page(c, head, span, page) && locate_in_span(c, off, head, span, r);
+    return span_has_page(c, head, span, page, used) && locate_in_span(c, off, head, span, r);
 }
 
 /* From a cell's word number. Tiers follow each other, the sparsest first. */
-bool sh_locate(const struct sh_ctx *c, uint64_t word_number, struct sh_ref *r)
+inline bool sh_locate(const struct sh_ctx *c, uint64_t word_number, struct sh_ref *r)
 {
     uint64_t span, off = word_number * 8;
     uint32_t head, tier = 0;
@@ -197,7 +201,7 @@ uint64_t sh_cell_of(const struct sh_ctx *c, const struct sh_ref *r)
 }
 
 /* What a cell names, if it lives. Whoever holds the cell keeps it so. */
-bool sh_find_cell(const struct sh_ctx *c, uint64_t cell, struct sh_ref *r)
+inline bool sh_find_cell(const struct sh_ctx *c, uint64_t cell, struct sh_ref *r)
 {
     if (!SH_REF_IS_CELL(cell) || !sh_locate(c, SH_CELL_WORD(cell), r))
         return false;
