@@ -36,6 +36,7 @@ WANT_LIMIT: Final[int]
 ASK_GC: Final[int]
 ASK_SCAVENGE_AGED: Final[int]
 ASK_SCAVENGE_ALL: Final[int]
+_memory: Final[object]
 
 @final
 class Block:

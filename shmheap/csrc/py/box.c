@@ -6,6 +6,7 @@
 
 #include "py.h"
 
+#include <stdlib.h>
 #include <unistd.h>
 
 struct box *boxes;
@@ -165,9 +166,31 @@ void box_free(struct box *b)
 {
     b->closed = true;
     box_settle(b);
+    free(b->held.refs);
     Py_XDECREF(b->path);
     Py_XDECREF(b->bell);
     PyMem_Free(b);
+}
+
+static struct box *box_to_tell(void)
+{
+    pthread_mutex_lock(&boxes_lock);
+    struct box *b = boxes;
+    while (b != NULL && !(b->ctx.ring && !sh_is_forked(&b->ctx)) && !box_can_settle(b))
+        b = b->next;
+    if (b != NULL)
+        b->refs++;
+    pthread_mutex_unlock(&boxes_lock);
+    return b;
+}
+
+/* The coordinators learn what is new, of heaps of which no call says it. */
+void boxes_tell(void)
+{
+    for (struct box *b; (b = box_to_tell()) != NULL; box_drop(b)) {
+        box_ring_quietly(b);
+        box_settle(b);
+    }
 }
 
 /* Pins, leases and names take memory, too. Where there is none Python asks the coordinator for

@@ -36,10 +36,12 @@ static void before_fork(void)
     for (struct box *b = boxes; b != NULL; b = b->next)
         if (!sh_is_forked(&b->ctx))
             b->left_behind = obstacle(sh_fork_prepare(&b->ctx));
+    memory_before_fork();
 }
 
 static void after_fork_parent(void)
 {
+    memory_after_fork(false);
     for (struct box *b = boxes; b != NULL; b = b->next) {
         b->left_behind = NULL; /* whoever forks without fork() is to be told so */
         sh_fork_parent(&b->ctx);
@@ -49,6 +51,7 @@ static void after_fork_parent(void)
 
 static void after_fork_child(void)
 {
+    memory_after_fork(true);
     for (struct box *b = boxes; b != NULL; b = b->next) {
         b->calls = 0; /* threads inside are not in the child */
         enum sh_status s = sh_fork_child(&b->ctx);
@@ -63,25 +66,10 @@ bool fork_handlers(void)
     return pthread_atfork(before_fork, after_fork_parent, after_fork_child) == 0;
 }
 
-static struct box *box_to_tell(void)
-{
-    pthread_mutex_lock(&boxes_lock);
-    struct box *b = boxes;
-    while (b != NULL && !(b->ctx.ring && !sh_is_forked(&b->ctx)) && !box_can_settle(b))
-        b = b->next;
-    if (b != NULL)
-        b->refs++;
-    pthread_mutex_unlock(&boxes_lock);
-    return b;
-}
-
 /* Python's hook in parent and child: the coordinators learn of the new process. */
 PyObject *core_after_fork(PyObject *self, PyObject *unused)
 {
     (void)self, (void)unused;
-    for (struct box *b; (b = box_to_tell()) != NULL; box_drop(b)) {
-        box_ring_quietly(b);
-        box_settle(b);
-    }
+    boxes_tell();
     Py_RETURN_NONE;
 }

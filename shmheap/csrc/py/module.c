@@ -77,11 +77,15 @@ static int module_exec(PyObject *m)
     }
     State *st = PyModule_GetState(m);
     if (!load_errors(st) || add_type(m, &block_spec, &st->block_type) != 0 ||
-        add_type(m, &heap_spec, NULL) != 0 || add_type(m, &dict_spec, NULL) != 0 ||
+        add_type(m, &heap_spec, &st->heap_type) != 0 || add_type(m, &dict_spec, NULL) != 0 ||
         add_type(m, &list_spec, NULL) != 0 || add_type(m, &steward_spec, NULL) != 0 ||
         add_type(m, &observer_spec, NULL) != 0 || add_constants(m) != 0)
         return -1;
     state = st;
+    PyObject *memory = memory_capsule();
+    if (memory == NULL || PyModule_AddObjectRef(m, "_memory", memory) != 0)
+        return -1;
+    Py_DECREF(memory);
     if (fork_handlers())
         return 0;
     PyErr_NoMemory();

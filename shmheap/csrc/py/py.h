@@ -21,6 +21,14 @@
 
 #define SLICE_MS 50
 
+/* What C holds by its address (memory.c) */
+struct held {
+    struct sh_ref *refs; /* a hash table; data NULL: a free place; nbytes 0: to be dropped */
+    size_t n, room;
+    _Atomic size_t late; /* to be dropped */
+    _Atomic uint64_t asked_ns;
+};
+
 /* Everything of an arena, which heap and blocks share (box.c) */
 struct box {
     struct sh_ctx ctx;
@@ -28,6 +36,7 @@ struct box {
     bool closed, attached, keep;     /* keep: the last user does not close the heap */
     const char *left_behind;         /* why a fork that is under way does not take the heap along */
     PyObject *path, *bell;           /* str; callable that rings the doorbell */
+    struct held held;
     struct box *next;
 };
 
@@ -45,7 +54,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    PyTypeObject *block_type;
+    PyTypeObject *block_type, *heap_type;
     PyObject *HeapError, *HeapFull, *StaleHandle, *UntrustedArena, *HeapCorrupt;
     PyObject *rebuild, *lease_type, *copy_bytes, *make_room; /* of shmheap.block */
     PyObject *encode_value, *decode_value;                   /* of shmheap.values */
@@ -80,6 +89,7 @@ void box_settle(struct box *);
 void box_free(struct box *);
 int box_ring(struct box *);
 void box_ring_quietly(struct box *);
+void boxes_tell(void);
 bool box_make_room(struct box *, enum sh_status, bool *asked);
 
 static inline void box_drop(struct box *b)
@@ -148,6 +158,11 @@ static inline void box_leave(struct box *b)
             WAITING(b, s, op);               \
         while (box_make_room(b, s, &asked)); \
     } while (0)
+
+/* memory.c */
+PyObject *memory_capsule(void);
+void memory_before_fork(void);
+void memory_after_fork(bool child);
 
 /* fork.c */
 bool fork_handlers(void);
