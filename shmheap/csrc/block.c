@@ -145,6 +145,8 @@ static enum sh_status alloc_small(struct sh_ctx *c, uint64_t nbytes, uint64_t he
 static void clean_units(struct sh_ctx *c, uint32_t page, uint32_t npages, bool zero)
 {
     uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    if (!zero && sh_units_steady(c, unit, end - unit))
+        return;
     while (unit < end) {
         uint64_t first = unit;
         while (unit < end && atomic_load_explicit(sh_unit(c, unit), RLX) & SH_UNIT_DIRTY)

@@ -244,6 +244,7 @@ void sh_tell_waiters(struct sh_ctx *);
 enum sh_status sh_pages_commit(struct sh_ctx *, uint32_t page, uint32_t npages);
 enum sh_status sh_pages_longest(struct sh_ctx *, int wait_ms, uint32_t *longest);
 enum sh_status sh_pages_rebuild(struct sh_ctx *);
+bool sh_units_steady(const struct sh_ctx *, uint64_t unit, uint64_t n);
 uint64_t sh_units_released(const struct sh_ctx *, uint64_t unit, uint64_t n);
 bool sh_budget(struct sh_ctx *, uint64_t units);
 static inline uint64_t sh_committed_units(const struct sh_ctx *c)

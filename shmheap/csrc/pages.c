@@ -17,6 +17,7 @@
 #include "core.h"
 
 #include <errno.h>
+#include <string.h>
 
 #define EXACT_BINS   64u
 #define TABLE_STEP   512u /* pages whose tables are committed at a time: 28 KiB */
@@ -257,10 +258,21 @@ static bool give(struct sh_ctx *c, uint32_t page, uint64_t released)
     return put_free(c, page, n, released);
 }
 
+/* Whether all units of ours are COMMITTED and dirty and were not seen idle, as those of a large
+ * block are that comes and goes. If so that is found at the speed of memcmp, each like the next. */
+bool sh_units_steady(const struct sh_ctx *c, uint64_t unit, uint64_t n)
+{
+    const _Atomic uint32_t *u = sh_unit(c, unit);
+    return n != 0 && atomic_load_explicit(u, RLX) == (SH_UNIT_COMMITTED | SH_UNIT_DIRTY) &&
+           memcmp((const void *)u, (const void *)(u + 1), (n - 1) * sizeof *u) == 0;
+}
+
 uint64_t sh_units_released(const struct sh_ctx *c, uint64_t unit, uint64_t n)
 {
     const _Atomic uint32_t *u = sh_unit(c, unit);
     uint64_t released = 0;
+    if (sh_units_steady(c, unit, n))
+        return 0;
     for (uint64_t i = 0; i < n; i++)
         released += SH_UNIT_STATE(atomic_load_explicit(&u[i], RLX)) == SH_UNIT_RELEASED;
     return released;
@@ -572,6 +584,8 @@ static enum sh_status commit_units(struct sh_ctx *c, uint64_t unit, uint64_t n)
 enum sh_status sh_pages_commit(struct sh_ctx *c, uint32_t page, uint32_t npages)
 {
     uint64_t unit = sh_unit_of_page(c, page), end = unit + (uint64_t)npages * sh_units_per_page(c);
+    if (sh_units_steady(c, unit, end - unit))
+        return SH_OK;
     while (unit < end) {
         uint32_t u = atomic_load_explicit(sh_unit(c, unit), RLX);
         if (SH_UNIT_STATE(u) == SH_UNIT_COMMITTED) {
