@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import posix_ipc
 
 from shmheap import _core, arena, block, values
-from shmheap._core import Block, DictBase, HeapBase, ListBase
+from shmheap._core import Block, DictBase, ListBase
+from shmheap.arrays import ArrayHeap
 from shmheap.config import Config, parse_size
 from shmheap.containers import SharedDict, SharedList
 from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WANT_MEMORY
@@ -58,9 +59,6 @@ from shmheap.stats import GCReport, HeapStats, ScavengeReport
 
 if TYPE_CHECKING:
     from typing import Self
-
-    import numpy as np
-    from numpy.typing import DTypeLike, NDArray
 
     from shmheap.values import AnyCodec
 
@@ -93,7 +91,7 @@ _finding = threading.RLock()
 signal's handler interrupts where a loop turns back without releasing it."""
 
 
-class Heap(HeapBase):
+class Heap(ArrayHeap):
     """This process's use of a heap that many processes share.
 
     Made by `create`, `attach` or `shmheap.open`. A context manager: leaving it closes, and never
@@ -315,33 +313,6 @@ class Heap(HeapBase):
         if asked:
             raise self._full(CELLS_BYTES, status, what=CELLS)
         self._reclaim()
-
-    def ndarray(self, shape: int | tuple[int, ...], dtype: DTypeLike = float) -> NDArray[Any]:
-        """Return a zeroed NumPy array of that shape and dtype whose memory is a new block.
-
-        The block lives as long as the array or a view of it.
-
-        Args:
-            shape: The array's; C order.
-            dtype: Anything that NumPy takes for one, without objects.
-
-        Raises ImportError without NumPy, ValueError for object dtypes and empty arrays, and what
-        alloc raises.
-
-        Cost: alloc's, and two microseconds of NumPy.
-        """
-        import numpy
-
-        kind: np.dtype[Any] = numpy.dtype(dtype)
-        if kind.hasobject:
-            raise ValueError("objects cannot be shared: choose a dtype without object")
-        count = math.prod(numpy.atleast_1d(shape).tolist())
-        if count < 1 or kind.itemsize == 0:
-            raise ValueError(f"an array in the heap has at least 1 byte, not shape {shape}")
-        # frombuffer keeps the export, so the block cannot go while the array or a view of it lives.
-        buffer = memoryview(self.alloc(count * kind.itemsize))
-        found: NDArray[Any] = numpy.frombuffer(buffer, kind).reshape(shape)
-        return found
 
     def dict(
         self,

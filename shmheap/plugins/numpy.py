@@ -1,13 +1,15 @@
 """Arrays that NumPy makes itself, in a heap: its results are where every process can see them.
 
-    with allocator(heap):
-        result = a * 2 + b        # NumPy asks the heap for its memory (csrc/numpy/handler.c)
-    shared["result"] = result     # not copied: it lies in the heap already
+with allocator(heap):
+    result = a * 2 + b        # NumPy asks the heap for its memory (csrc/numpy/handler.c)
+shared["result"] = result     # not copied: it lies in the heap already
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -55,10 +57,11 @@ def allocator(
         _numpy.leave(api, outside)
 
 
+@functools.cache
 def _array_api() -> object:
     """NumPy's C API, of NumPy 2 or 1."""
     try:
-        from numpy._core import _multiarray_umath as found
-    except ImportError:
-        from numpy.core import _multiarray_umath as found  # type: ignore[no-redef]
+        found = importlib.import_module("numpy._core._multiarray_umath")
+    except ModuleNotFoundError:
+        found = importlib.import_module("numpy.core._multiarray_umath")
     return found._ARRAY_API
