@@ -66,6 +66,9 @@ _LIMITS: dict[str, tuple[str, str]] = {
 }
 
 
+_HOLDERS = {"root": "root {!r}", "pin": "pid {}", "lease": "leases of pid {}"}
+
+
 class HeapError(Exception):
     """The base of all errors of shmheap."""
 
@@ -84,8 +87,10 @@ class HeapFull(HeapError, MemoryError):
         idle_bytes: bytes of free spans, released or not (``heap_idle``).
         free_bytes: bytes that could still be handed out; with "fragmentation" not in one piece.
         largest_free_bytes: the longest free run of pages, when the error was made.
-        holders: (pid, bytes) of the processes that hold most, largest first; of a block that
-            several hold each has its part.
+        holders: (kind, name or pid, bytes) of those that hold most, largest first: "root" a name,
+            with all that can be reached from it; "pin" a process by its handles, "lease" one by
+            pickled handles on their way, each with what no name reaches. Of a block that several
+            processes hold each has its part.
         allocated_at: (file:line, bytes) of the places whose blocks take most, largest first, of
             those that were made with SHMHEAP_TRACK=1.
         remedy: what helps; chosen by ``limit`` if not given.
@@ -105,7 +110,7 @@ class HeapFull(HeapError, MemoryError):
         idle_bytes: int = 0,
         free_bytes: int = 0,
         largest_free_bytes: int = 0,
-        holders: Iterable[tuple[int, int]] = (),
+        holders: Iterable[tuple[str, int | str, int]] = (),
         allocated_at: Iterable[tuple[str, int]] = (),
         remedy: str | None = None,
         what: str = "",
@@ -122,7 +127,7 @@ class HeapFull(HeapError, MemoryError):
         self.idle_bytes = idle_bytes
         self.free_bytes = free_bytes
         self.largest_free_bytes = largest_free_bytes
-        self.holders = tuple((int(pid), int(nbytes)) for pid, nbytes in holders)
+        self.holders = tuple(holders)
         self.allocated_at = tuple(allocated_at)
         self.remedy = remedy or _LIMITS[limit][1]
         self.what = what
@@ -152,7 +157,7 @@ class HeapFull(HeapError, MemoryError):
         return ", ".join(f"{name} {_size(n)}" for name, n in numbers if n or name not in optional)
 
     def _largest(self) -> str:
-        held = ", ".join(f"pid {pid} {_size(nbytes)}" for pid, nbytes in self.holders)
+        held = ", ".join(f"{_HOLDERS[k].format(who)} {_size(n)}" for k, who, n in self.holders)
         made = ", ".join(f"{where} {_size(nbytes)}" for where, nbytes in self.allocated_at)
         parts = (("largest holders", held), ("allocated at", made))
         return "".join(f"; {what}: {which}" for what, which in parts if which)

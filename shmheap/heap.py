@@ -30,7 +30,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -71,6 +71,9 @@ RECLAIM_S = 10.0
 """How long an allocation waits for one collection before it is refused: a coordinator that is alive
 answers in milliseconds, one that must be started first in tenths of a second, and on a machine that
 has no time for it in seconds. Refusing memory that is idle would be worse than waiting."""
+
+LARGEST = 5
+"""How many holders, and how many places that made blocks, an error names."""
 
 CELLS = "the books of a further handle, lease or name"
 CELLS_BYTES = 8192
@@ -273,12 +276,6 @@ class Heap(ArrayHeap):
     def _full(self, nbytes: int, status: int, *, waiting: bool = False, what: str = "") -> HeapFull:
         stats = self.stats()
         free = stats.capacity - stats.heap_inuse
-        held_by: Counter[int] = Counter()
-        for pid, held in self._holders():
-            held_by[pid] += held
-        made_at: Counter[str] = Counter()
-        for site in find_sites(self):
-            made_at[site.where] += site.nbytes
         allowed, unit, longest = self._room()
         own = self._config.memory_limit_bytes
         limit_bytes = 0
@@ -303,10 +300,23 @@ class Heap(ArrayHeap):
             idle_bytes=stats.heap_idle,
             free_bytes=free,
             largest_free_bytes=longest,
-            holders=held_by.most_common(5),
-            allocated_at=made_at.most_common(5),
+            holders=self._largest_holders(),
+            allocated_at=self._largest_sites(),
             what=what,
         )
+
+    def _largest_holders(self) -> Iterator[tuple[str, int | str, int]]:
+        held_by: Counter[tuple[str, int | str]] = Counter()
+        with contextlib.suppress(MemoryError):  # this process's own, to count in
+            for kind, who, held in self._shares():
+                held_by[kind, who] += held
+        return ((*who, held) for who, held in held_by.most_common(LARGEST))
+
+    def _largest_sites(self) -> Iterable[tuple[str, int]]:
+        made_at: Counter[str] = Counter()
+        for site in find_sites(self):
+            made_at[site.where] += site.nbytes
+        return made_at.most_common(LARGEST)
 
     def _make_room(self, status: int, asked: bool) -> None:
         """Reclaim for the cells in which handles, leases and names are kept, or say why not."""

@@ -388,7 +388,16 @@ uint64_t sh_freeze(_Atomic uint64_t *place);
 void sh_thaw(struct sh_use *);
 enum sh_status sh_coll_retire(struct sh_ctx *, struct sh_ref *body, int wait_ms);
 
+/* holders.c. Locked, but for the first */
+typedef enum sh_status sh_look(struct sh_ctx *, void *arg, uint32_t page, uint64_t span);
+typedef enum sh_status sh_see(struct sh_ctx *, void *arg, const struct sh_holder *);
+enum sh_status sh_each_span(struct sh_ctx *, sh_look *, void *arg);
+enum sh_status sh_each_cell(struct sh_ctx *, uint32_t page, uint64_t span, sh_see *, void *arg);
+bool sh_has_cells(uint64_t span);
+bool sh_node_head(const struct sh_ctx *, const struct sh_ref *, uint64_t w, uint64_t *head);
+
 /* roots.c */
+uint64_t sh_root_cell(const struct sh_ctx *, uint32_t entry);
 enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);
 enum sh_status sh_names_enter(struct sh_ctx *, int wait_ms);
 void sh_names_leave(struct sh_ctx *);

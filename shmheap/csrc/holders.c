@@ -1,15 +1,6 @@
 /*
- * Who holds the memory, for somebody who is told that there is none left, or wonders why a block
- * lives.
- *
- * Problem: who made a block need not be who keeps it: a pool's workers make the results, and their
- * parent has them. Goal: for each process, the bytes that are in use on its account:
- *
- *     sum over its handles, and leases that it gave out, of  bytes of the block / holders of it
- *
- * So a block that several hold counts for each in part, as PSS counts a page, and all together are
- * at most what lives. What is left over is held by named roots and collections. And for a block,
- * every cell that holds it: a handle, a lease, or a reference in a node, which has holders itself.
+ * What holds a block, for somebody who wonders why it lives: every cell that does, a handle, a
+ * lease, or a reference in a node, which has holders itself. And the largest blocks.
  *
  * Spans are looked at one by one with our process lock held, so that nothing of them is punched.
  * Others go on meanwhile: it is of no one moment.
@@ -19,10 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef enum sh_status look(struct sh_ctx *, void *arg, uint32_t page, uint64_t span);
-typedef enum sh_status see(struct sh_ctx *, void *arg, const struct sh_holder *);
-
-static enum sh_status each_span(struct sh_ctx *c, look *look, void *arg)
+/* Calls `look` with each span, locked. */
+enum sh_status sh_each_span(struct sh_ctx *c, sh_look *look, void *arg)
 {
     struct sh_walk walk = {0};
     uint32_t page;
@@ -41,8 +30,13 @@ static enum sh_status each_span(struct sh_ctx *c, look *look, void *arg)
     return status == SH_ABSENT ? SH_OK : status;
 }
 
-/* The cells of pins or leases. Locked */
-static enum sh_status each_cell(struct sh_ctx *c, uint32_t page, uint64_t span, see *see, void *arg)
+bool sh_has_cells(uint64_t span)
+{
+    return SH_SPAN_STATE(span) == SH_PINS || SH_SPAN_STATE(span) == SH_LEASES;
+}
+
+/* Calls `see` with each pin or lease of a span that has them. */
+enum sh_status sh_each_cell(struct sh_ctx *c, uint32_t page, uint64_t span, sh_see *see, void *arg)
 {
     bool pins = SH_SPAN_STATE(span) == SH_PINS;
     const struct sh_kind *kind = &c->kinds[pins ? SH_KIND_PINS : SH_KIND_LEASES];
@@ -60,40 +54,6 @@ static enum sh_status each_cell(struct sh_ctx *c, uint32_t page, uint64_t span, 
     return status;
 }
 
-/* What one slot's process holds */
-
-/* Locked: so that what it names is not punched while we look. */
-static uint64_t share(const struct sh_ctx *c, uint64_t cell)
-{
-    struct sh_ref r;
-    if (!sh_locate(c, SH_CELL_WORD(cell), &r))
-        return 0;
-    uint64_t w = atomic_load_explicit(r.word, ACQ);
-    if (SH_BSTATE(w) != SH_BLOCK_LIVE || SH_COUNT(w) == 0)
-        return 0;
-    return sh_block_bytes(c, &r, w) / SH_COUNT(w);
-}
-
-static enum sh_status add_share(struct sh_ctx *c, void *arg, const struct sh_holder *h)
-{
-    uint64_t *bytes = arg;
-    bytes[h->slot] += share(c, h->cell);
-    return SH_OK;
-}
-
-static enum sh_status add_shares(struct sh_ctx *c, void *arg, uint32_t page, uint64_t span)
-{
-    bool cells = SH_SPAN_STATE(span) == SH_PINS || SH_SPAN_STATE(span) == SH_LEASES;
-    return cells ? each_cell(c, page, span, add_share, arg) : SH_OK;
-}
-
-/* Says how many bytes each slot's process holds. Cost: a pass over all spans, pins and leases. */
-enum sh_status sh_holders(struct sh_ctx *c, uint64_t bytes[SH_MAX_SLOTS])
-{
-    memset(bytes, 0, SH_MAX_SLOTS * sizeof *bytes);
-    return each_span(c, add_shares, bytes);
-}
-
 /* Blocks. Locked */
 
 static uint32_t blocks_in(const struct sh_ctx *c, uint64_t span)
@@ -103,7 +63,7 @@ static uint32_t blocks_in(const struct sh_ctx *c, uint64_t span)
 }
 
 /* The head of a node; 0: it is none. */
-static bool node_of(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w, uint64_t *head)
+bool sh_node_head(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w, uint64_t *head)
 {
     *head = 0;
     if (!sh_is_node(w, SH_GEN(w)))
@@ -116,12 +76,12 @@ static bool node_of(const struct sh_ctx *c, const struct sh_ref *r, uint64_t w, 
     return true;
 }
 
-static enum sh_status each_ref(struct sh_ctx *c, const struct sh_ref *r, see *see, void *arg)
+static enum sh_status each_ref(struct sh_ctx *c, const struct sh_ref *r, sh_see *see, void *arg)
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ), head;
     const struct sh_node *n = (const struct sh_node *)r->data;
     enum sh_status status = SH_OK;
-    if (!node_of(c, r, w, &head))
+    if (!sh_node_head(c, r, w, &head))
         return SH_OK;
     struct sh_holder h = {
         .kind = SH_HOLDER_REFERENCE, .node = sh_data_offset(c, r), .node_kind = SH_NODE_KIND(head)};
@@ -176,8 +136,8 @@ static enum sh_status add_holders(struct sh_ctx *c, void *arg, uint32_t page, ui
     uint32_t n = blocks_in(c, span);
     struct sh_ref r;
     enum sh_status status = SH_OK;
-    if (SH_SPAN_STATE(span) == SH_PINS || SH_SPAN_STATE(span) == SH_LEASES)
-        return each_cell(c, page, span, add_holder, arg);
+    if (sh_has_cells(span))
+        return sh_each_cell(c, page, span, add_holder, arg);
     for (uint32_t i = 0; i < n && status == SH_OK && sh_span(c, page) == span; i++) {
         sh_fill_ref(c, &r, page, span, i);
         status = each_ref(c, &r, add_holder, arg);
@@ -201,7 +161,7 @@ enum sh_status sh_holders_of(struct sh_ctx *c, const uint64_t *offsets, uint64_t
         if (sh_locate_data(c, offsets[i], &r))
             words[s.n++] = sh_word_number(c, r.word);
     qsort(words, s.n, sizeof *words, by_number);
-    enum sh_status status = each_span(c, add_holders, &s);
+    enum sh_status status = sh_each_span(c, add_holders, &s);
     free(words);
     return status;
 }
@@ -233,7 +193,7 @@ static enum sh_status add_blocks(struct sh_ctx *c, void *arg, uint32_t page, uin
         uint64_t w = atomic_load_explicit(r.word, ACQ), head;
         if (SH_BSTATE(w) != SH_BLOCK_LIVE)
             continue;
-        node_of(c, &r, w, &head);
+        sh_node_head(c, &r, w, &head);
         add_sized(arg, (struct sh_sized){.offset = sh_data_offset(c, &r),
                                          .nbytes = sh_block_bytes(c, &r, w),
                                          .node_kind = SH_NODE_KIND(head)});
@@ -245,7 +205,7 @@ static enum sh_status add_blocks(struct sh_ctx *c, void *arg, uint32_t page, uin
 enum sh_status sh_largest(struct sh_ctx *c, struct sh_sized *list, uint32_t *n)
 {
     struct largest l = {.list = list, .room = *n};
-    enum sh_status status = each_span(c, add_blocks, &l);
+    enum sh_status status = sh_each_span(c, add_blocks, &l);
     *n = l.n;
     return status;
 }

@@ -240,6 +240,12 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
     return status == SH_SLOW ? SH_BUSY : status;
 }
 
+/* What an entry's name stands for, 0: nothing. */
+uint64_t sh_root_cell(const struct sh_ctx *c, uint32_t entry)
+{
+    return is_entry(c, entry) ? atomic_load(&root_at(c, entry)->cell) : 0;
+}
+
 /* The first name at or after *entry in table order, and *entry behind it. SH_ABSENT: there is none.
  */
 enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT_NAME_MAX],

@@ -311,7 +311,19 @@ typedef void sh_report(void *arg, const char *invariant, const char *what);
 enum sh_status sh_check(struct sh_ctx *, sh_report *, void *arg);
 enum sh_status sh_inspect(struct sh_ctx *, int fd, sh_report *, void *arg); /* inspect.c */
 
-/* holders.c: bytes that each slot's process holds; what holds a block; the largest blocks */
+/* shares.c: who holds how much, bytes */
+#define SH_TOP_NAMES 5u
+struct sh_shares {
+    uint64_t pins[SH_MAX_SLOTS], leases[SH_MAX_SLOTS]; /* by slot */
+    struct sh_share {
+        uint64_t bytes; /* 0: no more */
+        uint32_t len;
+        char name[SH_ROOT_NAME_MAX];
+    } names[SH_TOP_NAMES]; /* those that hold most, the largest first */
+};
+enum sh_status sh_shares(struct sh_ctx *, struct sh_shares *);
+
+/* holders.c: what holds a block; the largest blocks */
 enum sh_holder_kind {
     SH_HOLDER_PIN,
     SH_HOLDER_LEASE,
@@ -334,7 +346,6 @@ struct sh_sized {
     uint64_t offset, nbytes;
     uint32_t node_kind; /* 0: a leaf */
 };
-enum sh_status sh_holders(struct sh_ctx *, uint64_t bytes[SH_MAX_SLOTS]);
 enum sh_status sh_holders_of(struct sh_ctx *, const uint64_t *offsets, uint64_t n,
                              struct sh_found_holders *);
 enum sh_status sh_largest(struct sh_ctx *, struct sh_sized *, uint32_t *n);

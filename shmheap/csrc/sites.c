@@ -47,16 +47,19 @@ static bool block_of(const struct sh_ctx *c, const struct sh_site *s, struct sh_
     return sh_is_live(w, s->gen);
 }
 
-/* Locked */
+/* That of the block before, of nobody, or of another. Locked */
 static struct sh_site *entry_for(const struct sh_ctx *c, uint64_t word)
 {
     uint32_t hash = (uint32_t)(word * 0x9e3779b97f4a7c15u >> 32);
-    struct sh_site *bucket = site_at(c, hash % NBUCKETS * BUCKET);
+    struct sh_site *bucket = site_at(c, hash % NBUCKETS * BUCKET), *unused = NULL;
     struct sh_ref r;
-    for (uint32_t i = 0; i < BUCKET; i++)
-        if (!block_of(c, &bucket[i], &r))
+    for (uint32_t i = 0; i < BUCKET; i++) {
+        if (atomic_load_explicit(&bucket[i].word, RLX) == word)
             return &bucket[i];
-    return &bucket[(hash / NBUCKETS) % BUCKET];
+        if (unused == NULL && !block_of(c, &bucket[i], &r))
+            unused = &bucket[i];
+    }
+    return unused ? unused : &bucket[hash / NBUCKETS % BUCKET];
 }
 
 /* Says where a block was made, which the caller holds. SH_NOSPACE: that cannot be kept. */

@@ -1337,32 +1337,6 @@ static void test_succession(void)
     stage_end(s);
 }
 
-/* Of a block that several hold each has its part; the dead too, until they are reaped. */
-static void test_holders(void)
-{
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
-    uint64_t bytes[SH_MAX_SLOTS];
-    struct sh_ref own = block_new(&s->a, 1001), large = block_new(&s->a, 3 << 20), sent, again;
-    struct handle h = handle_lease(&s->a, &own), open = handle_of(&s->a, &large);
-    CHECK_OK(handle_open(&s->b, &open, &sent));
-    CHECK_OK(sh_repin(&s->b, &sent, 1000, &again));
-    CHECK_OK(sh_holders(&s->b, bytes));
-    CHECK(bytes[s->a.slot_index] == 2 * (1001 / 2) + (3 << 20) / 3);
-    CHECK(bytes[s->b.slot_index] == 2 * ((3 << 20) / 3));
-    CHECK(bytes[s->lead.slot_index] == 0);
-    CHECK_OK(sh_lease_drop(&s->a, h.off, h.gen, h.cell, h.seq, 1000));
-    uint32_t dead = s->b.slot_index;
-    arena_die(&s->b);
-    block_drop(&s->a, &large);
-    CHECK_OK(sh_holders(&s->a, bytes));
-    CHECK(bytes[s->a.slot_index] == 1001 && bytes[dead] == 3 << 20);
-    reap_dead(&s->lead, UINT64_MAX);
-    block_drop(&s->a, &own);
-    CHECK_OK(sh_holders(&s->a, bytes));
-    CHECK(bytes[s->a.slot_index] == 0 && bytes[dead] == 0);
-    stage_end(s);
-}
-
 /* So many starts, the last of them some time ago. */
 static void started_before(const struct sh_ctx *c, uint64_t ms, uint64_t times)
 {
@@ -1439,7 +1413,6 @@ int main(void)
          test_handle_opened_while_a_collection_is_stalled},
         {"many_epochs", test_many_epochs},
         {"succession", test_succession},
-        {"holders", test_holders},
         {"a_coordinator_killed_as_it_started_was_missed_for_a_second",
          test_a_coordinator_killed_as_it_started_was_missed_for_a_second},
     };

@@ -83,10 +83,11 @@ static void lead_round(struct play *p, uint32_t round)
         return;
     CHECK_OK(sh_check(&p->lead, test_say, &violations));
     CHECK(violations == 0); /* at any moment, not only at a quiet one */
-    uint64_t held[SH_MAX_SLOTS], sum = 0;
-    CHECK_OK(sh_holders(&p->lead, held));
+    struct sh_shares shares;
+    uint64_t sum = 0;
+    CHECK_OK(sh_shares(&p->lead, &shares));
     for (uint32_t i = 0; i < SH_MAX_SLOTS; i++)
-        sum += held[i];
+        sum += shares.pins[i] + shares.leases[i];
     CHECK(sum <= CAPACITY);
 }
 

@@ -591,7 +591,7 @@ def test_a_handle_of_the_dead_arrives_within_the_grace(heap_name: str) -> None:
         block = shmheap.Lease(handle).take()
         assert bytes(block) == b"abc"
         assert heap.stats().leases == 0
-        until(heap, lambda: len(heap._holders()) == 1)
+        until(heap, lambda: len(heap._shares()) == 1)
         heap.unlink()
 
 

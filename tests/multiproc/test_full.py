@@ -75,7 +75,7 @@ def test_capacity(make: Callable[..., Heap], nbytes: int) -> None:
     assert error.capacity_bytes == 16 * MIB
     assert error.in_use_bytes + error.free_bytes == 16 * MIB
     assert error.largest_free_bytes < max(nbytes, 65536) + 8192
-    assert error.holders[0] == (os.getpid(), len(blocks) * nbytes)
+    assert error.holders[0] == ("pin", os.getpid(), len(blocks) * nbytes)
     assert error.remedy in str(error)
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
@@ -102,42 +102,82 @@ def test_fragmentation(make: Callable[..., Heap]) -> None:
     assert blocks
 
 
-def holders(heap: Heap) -> dict[int, int]:
-    """Whom an error names that is made now."""
-    return dict(heap._full(1, _core.FULL).holders)
+def holders(heap: Heap) -> dict[tuple[str, int | str], int]:
+    """Whom an error names that is made now, and with how many bytes."""
+    return {(kind, who): held for kind, who, held in heap._full(1, _core.FULL).holders}
 
 
 def test_who_had_made_the_blocks_was_named_as_their_holder(make: Callable[..., Heap]) -> None:
     heap = make()
     own = [heap.alloc(100_000) for _ in range(3)]
     own += [heap.alloc(1000) for _ in range(50)]
+    me = ("pin", os.getpid())
     with Worker() as worker:
+        its = ("pin", worker.pid)
         worker.do("attach", heap.name)
         worker.do("alloc_many", "many", 20, 100_000)
         worker.do("keep", "sent", own)
-        held = {os.getpid(): 175_000, worker.pid: 2_000_000 + 175_000}
-        assert holders(heap) == held, "half of what both have"
+        assert holders(heap) == {me: 175_000, its: 2_000_000 + 175_000}, "half of what both have"
         own.clear()
-        held = {worker.pid: 2_000_000 + 350_000}
+        held = {its: 2_000_000 + 350_000}
         assert holders(heap) == held
         block = heap.alloc(60_000)
         again = copy.copy(block)
-        assert holders(heap) == held | {os.getpid(): 60_000}, "two handles hold one block"
-        heap.roots["named"] = block
-        assert holders(heap) == held | {os.getpid(): 40_000}, "a name is a holder"
+        assert holders(heap) == held | {me: 60_000}, "two handles hold one block"
         lease = block.lease()
+        sent = {("lease", os.getpid()): 20_000}
+        assert holders(heap) == held | sent | {me: 40_000}, "what is on its way is told apart"
+        again.free()
+        heap.roots["named"] = block
+        assert holders(heap) == held | {("root", "named"): 60_000}, "a name says most"
         del block, again
-        assert holders(heap) == held | {os.getpid(): 30_000}, "what it sent is on its account"
         lease.release()
-        assert holders(heap) == held
         with pytest.raises(HeapFull) as caught:
             heap.alloc(15 * MIB)
-        assert caught.value.holders == tuple(held.items())
+        assert caught.value.holders == (
+            ("pin", worker.pid, 2_350_000),
+            ("root", "named", 60_000),
+        )
         worker.end()
     assert len(heap.roots["named"]) == 60_000
     heap.gc()
-    assert holders(heap) == {}
+    assert holders(heap) == {("root", "named"): 60_000}
     heap.roots.clear()
+
+
+def test_what_a_shared_dict_leads_to_is_on_the_account_of_its_name(
+    make: Callable[..., Heap],
+) -> None:
+    heap = make()
+    cache = heap.dict("cache")
+    cache["parts"] = [heap.alloc(100_000) for _ in range(20)]
+    cache["more"] = {"part": heap.alloc(300_000)}
+    views = [memoryview(part) for part in cache["parts"]]
+    free = heap.list(value=[heap.alloc(50_000)])
+    held = holders(heap)
+    assert held.keys() == {("root", "cache"), ("pin", os.getpid())}
+    assert 2_300_000 < held["root", "cache"] < 2_310_000
+    assert 50_000 < held["pin", os.getpid()] < 52_000, "the list that has no name"
+    assert len(views) == 20
+    with Worker() as worker:
+        worker.do("attach", heap.name)
+        worker.do("keep", "cache", cache)
+        assert holders(heap) == held, "who uses it does not hold what its name does"
+        worker.end()
+    with pytest.raises(HeapFull, match=r"largest holders: root 'cache' 2\.2 MiB, pid "):
+        heap.alloc(15 * MIB)
+    assert free
+
+
+def test_the_five_that_hold_most_are_named(make: Callable[..., Heap]) -> None:
+    heap = make()
+    for n in range(1, 9):
+        heap.roots[f"n{n}"] = heap.alloc(100_000 * n)
+    block = heap.alloc(650_000)
+    error = heap._full(1, _core.FULL)
+    assert [who for _, who, _ in error.holders] == ["n8", "n7", os.getpid(), "n6", "n5"]
+    heap.roots.clear()
+    assert block
 
 
 def test_put_and_ndarray_are_refused_alike(make: Callable[..., Heap]) -> None:
@@ -540,7 +580,7 @@ def test_s15_when_all_wait_each_is_refused(hand: HeapByHand, two: tuple[Worker, 
             answered(hand, worker)
         assert caught.value.limit == "waiting"
         assert "waits for memory" in str(caught.value)
-        assert {pid for pid, _ in caught.value.holders} >= {other.pid for other in two}
+        assert {who for _, who, _ in caught.value.holders} >= {other.pid for other in two}
     assert hand.waiting == 0
     one, another = two
     one.do("drop", "mine")

@@ -31,7 +31,8 @@ def full() -> HeapFull:
         idle_bytes=4 << 20,
         free_bytes=968884224,
         largest_free_bytes=2 << 20,
-        holders=[(17, 40 << 20), (23, 512)],
+        holders=[("root", "a", 40 << 20), ("pin", 17, 2048), ("lease", 23, 512)],
+        allocated_at=[("/app/work.py:12", 30 << 20)],
     )
 
 
@@ -90,7 +91,8 @@ def test_full_tells_limit_numbers_holders_and_remedy() -> None:
     assert str(full()) == (
         "no room for 3.0 MiB: the heap may not take more memory: Config.memory_limit is reached "
         "(limit 64.0 MiB, capacity 1.0 GiB, in use 60.0 MiB, idle 4.0 MiB, free 924.0 MiB, "
-        "longest free run 2.0 MiB); largest holders: pid 17 40.0 MiB, pid 23 512 B; "
+        "longest free run 2.0 MiB); largest holders: root 'a' 40.0 MiB, pid 17 2048 B, "
+        "leases of pid 23 512 B; allocated at: /app/work.py:12 30.0 MiB; "
         "raise Config.memory_limit, or drop blocks"
     )
 
@@ -111,5 +113,6 @@ def test_an_unknown_limit_is_refused() -> None:
         HeapFull("sky")  # type: ignore[arg-type]
 
 
-def test_holders_are_a_tuple_of_pairs() -> None:
-    assert full().holders == ((17, 40 << 20), (23, 512))
+def test_holders_are_tuples() -> None:
+    assert full().holders == (("root", "a", 40 << 20), ("pin", 17, 2048), ("lease", 23, 512))
+    assert full().allocated_at == (("/app/work.py:12", 30 << 20),)

@@ -52,6 +52,7 @@ C_FLOORS = (
     ("coll",),
     ("arena", "roots", "mark", "table", "list", "coord"),
     ("check", "holders", "sites"),
+    ("shares",),
     ("inspect",),
     ("py/py",),  # a header
     ("py/coll",),  # a header

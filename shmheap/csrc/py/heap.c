@@ -677,11 +677,10 @@ static PyObject *heap_check(Heap *self, PyObject *unused)
     return box_usable(self->box) ? check_of(self->box) : NULL;
 }
 
-/* _holders() -> (pid, bytes) of every slot whose process holds any */
-static PyObject *heap_holders(Heap *self, PyObject *unused)
+static PyObject *heap_shares(Heap *self, PyObject *unused)
 {
     (void)unused;
-    return box_usable(self->box) ? held_bytes_of(self->box) : NULL;
+    return box_usable(self->box) ? shares_of(self->box) : NULL;
 }
 
 static PyObject *heap_holders_of(Heap *self, PyObject *offsets)
@@ -852,7 +851,7 @@ static PyMethodDef heap_methods[] = {
     {"_root_names", (PyCFunction)heap_root_names, METH_NOARGS, NULL},
     {"_stats", (PyCFunction)heap_stats, METH_NOARGS, NULL},
     {"_check", (PyCFunction)heap_check, METH_NOARGS, NULL},
-    {"_holders", (PyCFunction)heap_holders, METH_NOARGS, NULL},
+    {"_shares", (PyCFunction)heap_shares, METH_NOARGS, NULL},
     {"_holders_of", (PyCFunction)heap_holders_of, METH_O, NULL},
     {"_largest", (PyCFunction)heap_largest, METH_VARARGS, NULL},
     {"_set_site", (PyCFunction)heap_set_site, METH_VARARGS, NULL},

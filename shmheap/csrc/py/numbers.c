@@ -152,20 +152,47 @@ static int append(PyObject *list, PyObject *row)
     return rc;
 }
 
-/* (pid, bytes that it holds) of every slot that holds any. */
-PyObject *held_bytes_of(struct box *b)
+static int append_shares(PyObject *list, const struct sh_ctx *c, const char *kind,
+                         const uint64_t bytes[SH_MAX_SLOTS])
 {
-    uint64_t bytes[SH_MAX_SLOTS];
+    int rc = 0;
+    for (uint32_t i = 1; rc == 0 && i < SH_MAX_SLOTS; i++)
+        if (bytes[i] != 0)
+            rc = append(list,
+                        Py_BuildValue("(sIK)", kind, (unsigned int)atomic_load(&sh_slot(c, i)->pid),
+                                      (unsigned long long)bytes[i]));
+    return rc;
+}
+
+static int append_names(PyObject *list, const struct sh_shares *shares)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < SH_TOP_NAMES && shares->names[i].bytes != 0; i++) {
+        const struct sh_share *s = &shares->names[i];
+        rc = append(list,
+                    Py_BuildValue("(sNK)", "root", PyUnicode_DecodeUTF8(s->name, s->len, "replace"),
+                                  (unsigned long long)s->bytes));
+    }
+    return rc;
+}
+
+/* (kind, name or pid, bytes) of every slot that holds any, and of the names that hold most. */
+PyObject *shares_of(struct box *b)
+{
     enum sh_status s;
+    struct sh_shares *shares = PyMem_Malloc(sizeof *shares);
+    if (shares == NULL)
+        return PyErr_NoMemory();
     PyObject *list = PyList_New(0);
     box_enter(b);
-    WAITING(b, s, sh_holders(&b->ctx, bytes));
-    for (uint32_t i = 1; s == SH_OK && list != NULL && i < SH_MAX_SLOTS; i++)
-        if (bytes[i] != 0 &&
-            append(list, Py_BuildValue("(IK)", (unsigned int)atomic_load(&sh_slot(&b->ctx, i)->pid),
-                                       (unsigned long long)bytes[i])) != 0)
-            Py_CLEAR(list);
+    WAITING(b, s, sh_shares(&b->ctx, shares));
+    if (s == SH_OK && list != NULL &&
+        (append_names(list, shares) != 0 ||
+         append_shares(list, &b->ctx, "pin", shares->pins) != 0 ||
+         append_shares(list, &b->ctx, "lease", shares->leases) != 0))
+        Py_CLEAR(list);
     box_leave(b);
+    PyMem_Free(shares);
     if (PyErr_Occurred() || (s != SH_OK && fail(b, s) == NULL))
         Py_CLEAR(list);
     return list;

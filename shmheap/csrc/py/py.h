@@ -193,7 +193,7 @@ static inline uint32_t node_refs(const struct sh_ref *r)
 PyObject *stats_of(const struct sh_ctx *);
 PyObject *check_of(struct box *);
 PyObject *inspect_of(struct box *);
-PyObject *held_bytes_of(struct box *);
+PyObject *shares_of(struct box *);
 PyObject *holders_of(struct box *, PyObject *offsets);
 PyObject *largest_of(struct box *, uint32_t n);
 PyObject *sites_of(struct box *);
