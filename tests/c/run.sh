@@ -3,7 +3,7 @@
 #
 #     tests/c/run.sh [plain|asan|tsan] [TEST...]
 #
-# TEST is pages, blocks, nodes, graphs, colls, threads, death, bytes or oracle (default: all; with tsan not oracle, which
+# TEST is pages, blocks, nodes, graphs, colls, holders, threads, death, bytes or oracle (default: all; with tsan not oracle, which
 # has one thread). SH_TEST_SCALE=X makes the long ones X times as long, SH_TEST_SEED=N starts them
 # elsewhere. The last line is "N passed, M failed".
 
@@ -14,7 +14,7 @@ mode="${1:-plain}"
 shift || true
 tests=("$@")
 if ((!${#tests[@]})); then
-    tests=(pages blocks nodes graphs colls threads death bytes)
+    tests=(pages blocks nodes graphs colls holders threads death bytes)
     [[ $mode == tsan ]] || tests+=(oracle)
 fi
 
@@ -25,7 +25,7 @@ plain) ;;
 asan) flags+=(-fsanitize=address,undefined -fno-sanitize-recover=all) ;;
 tsan) flags+=(-fsanitize=thread -fno-sanitize-recover=all) ;;
 *)
-    echo "usage: tests/c/run.sh [plain|asan|tsan] [pages|blocks|nodes|graphs|colls|threads|death|bytes|oracle ...]" >&2
+    echo "usage: tests/c/run.sh [plain|asan|tsan] [pages|blocks|nodes|graphs|colls|holders|threads|death|bytes|oracle ...]" >&2
     exit 2
     ;;
 esac
