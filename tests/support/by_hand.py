@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,10 @@ EVERYTHING = 2**29 - 1
 
 PLENTY = 1 << 40
 
+
+SLOTS = -(-_core.HEADER_BYTES // 4096) * 4096
+SLOT_BYTES = 256
+"""Where the slots of processes are in the file; see csrc/layout.h."""
 
 PATIENCE_S = 60.0
 """Bounds how long a broken test hangs, and decides no test's outcome."""
@@ -155,3 +160,15 @@ class HeapByHand:
         if report.exact:
             assert report.books_held_bytes == report.kernel_held_bytes
         assert self.heap._check() == []
+
+
+@contextmanager
+def stopped(hand: HeapByHand, slot: int) -> Iterator[None]:
+    """The process of that slot is inside an operation, and stays there."""
+    (incarnation,) = (row[3] for row in hand.steward.slots() if row[0] == slot)
+    holder = slot << 43 | (incarnation & 0x7FFF) << 28 | 1
+    os.pwrite(hand.fd, struct.pack("<Q", holder), SLOTS + slot * SLOT_BYTES)
+    try:
+        yield
+    finally:
+        os.pwrite(hand.fd, struct.pack("<Q", 0), SLOTS + slot * SLOT_BYTES)

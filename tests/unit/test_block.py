@@ -202,13 +202,6 @@ def test_ndarray_is_a_view_of_a_block(hand: HeapByHand) -> None:
     assert hand.stats.heap_objects == 0
 
 
-def test_ndarray_refuses_what_cannot_be_shared(heap: Heap) -> None:
-    with pytest.raises(ValueError, match="object"):
-        heap.ndarray(3, object)
-    with pytest.raises(ValueError, match="at least 1 byte"):
-        heap.ndarray((0, 3))
-
-
 # Handles
 
 

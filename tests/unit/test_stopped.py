@@ -5,26 +5,22 @@ The lock is one word of the process's slot; the test takes it in that process's 
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from os import pread, pwrite, sched_yield
+from contextlib import suppress
+from os import pread, sched_yield
 
 import pytest
-from by_hand import HeapByHand
+from by_hand import SLOT_BYTES, SLOTS, HeapByHand, stopped
 from processes import Worker
 
-from shmheap import Block, Heap, _core
+from shmheap import Block, Heap
 from shmheap.coordinator import IDLE, MARK
 from shmheap.errors import StaleHandle
 
 MIB = 1 << 20
-OS_PAGE = 4096
-SLOTS = (_core.HEADER_BYTES + OS_PAGE - 1) // OS_PAGE * OS_PAGE
-SLOT_BYTES = 256
 PHASE = 64
-"""Where things are in the file; see csrc/layout.h."""
+"""Where it is in a slot; see csrc/layout.h."""
 
 
 @pytest.fixture
@@ -33,18 +29,6 @@ def hand(heap_name: str) -> Iterator[HeapByHand]:
         hand.steward.set_patience(1)
         yield hand
         hand.assert_sound()
-
-
-@contextmanager
-def stopped(hand: HeapByHand, slot: int) -> Iterator[None]:
-    """The process of that slot is inside an operation, and stays there."""
-    (incarnation,) = (row[3] for row in hand.steward.slots() if row[0] == slot)
-    holder = slot << 43 | (incarnation & 0x7FFF) << 28 | 1
-    pwrite(hand.fd, struct.pack("<Q", holder), SLOTS + slot * SLOT_BYTES)
-    try:
-        yield
-    finally:
-        pwrite(hand.fd, struct.pack("<Q", 0), SLOTS + slot * SLOT_BYTES)
 
 
 def phase(hand: HeapByHand, slot: int) -> int:

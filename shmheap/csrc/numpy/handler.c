@@ -62,7 +62,8 @@ struct handler {
 
 static const struct sh_memory *memory;
 
-static bool is_heaps(const struct handler *h, const void *data)
+/* What is not, is most often not the heap's at a glance. */
+static bool may_be_heaps(const struct handler *h, const void *data)
 {
     return (const uint8_t *)data >= h->first && (const uint8_t *)data < h->end;
 }
@@ -87,9 +88,7 @@ static void *heap_calloc(void *ctx, size_t n, size_t size)
 static void heap_free(void *ctx, void *data, size_t nbytes)
 {
     struct handler *h = ctx;
-    if (is_heaps(h, data))
-        memory->give(h->heap, data);
-    else
+    if (!may_be_heaps(h, data) || !memory->give(h->heap, data))
         h->outer->free(h->outer->ctx, data, nbytes);
 }
 
@@ -97,9 +96,9 @@ static void heap_free(void *ctx, void *data, size_t nbytes)
 static void *heap_realloc(void *ctx, void *data, size_t nbytes)
 {
     struct handler *h = ctx;
-    if (!is_heaps(h, data))
+    size_t had = may_be_heaps(h, data) ? memory->size(h->heap, data) : 0;
+    if (had == 0)
         return h->outer->realloc(h->outer->ctx, data, nbytes);
-    size_t had = memory->size(h->heap, data);
     if (nbytes <= had && nbytes >= had / 2)
         return data;
     void *other = heap_malloc(ctx, nbytes);

@@ -143,7 +143,7 @@ struct box *box_new(int fd, PyObject *path, bool writable)
 /* Detaches once nobody can be inside or look at the memory. */
 bool box_can_settle(const struct box *b)
 {
-    return b->closed && b->attached && b->exports == 0 && b->calls == 0;
+    return b->closed && b->attached && b->exports == 0 && b->calls == 0 && b->held.users == 0;
 }
 
 void box_settle(struct box *b)

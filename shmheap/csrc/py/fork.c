@@ -54,6 +54,7 @@ static void after_fork_child(void)
     memory_after_fork(true);
     for (struct box *b = boxes; b != NULL; b = b->next) {
         b->calls = 0; /* threads inside are not in the child */
+        b->held.users = b->held.n - b->held.late;
         enum sh_status s = sh_fork_child(&b->ctx);
         if (s != SH_OK)
             b->left_behind = obstacle(s);

@@ -123,9 +123,22 @@ static int ring_later(void *unused)
 /* Of all of Python, this may be called by anybody. */
 static void tell(struct box *b)
 {
-    if (b->ctx.ring && !b->closed && Py_IsInitialized() && !atomic_exchange(&told, true) &&
-        Py_AddPendingCall(ring_later, NULL) != 0)
+    if (((b->ctx.ring && !b->closed) || box_can_settle(b)) && Py_IsInitialized() &&
+        !atomic_exchange(&told, true) && Py_AddPendingCall(ring_later, NULL) != 0)
         told = false;
+}
+
+/* Nobody unmaps the box in between, nor as long as something is held. False: it is closed. */
+static bool use(struct box *b)
+{
+    b->held.users++;
+    return !b->closed && !sh_is_forked(&b->ctx);
+}
+
+static void use_no_more(struct box *b)
+{
+    b->held.users--;
+    tell(b);
 }
 
 /* Waits for nobody: there may be some next time. */
@@ -149,7 +162,6 @@ static bool drop(struct box *b, struct sh_ref *ref)
     enum sh_status s = sh_unpin(&b->ctx, ref, PATIENCE_MS);
     if (s == SH_DEFERRED)
         sh_flush(&b->ctx, PATIENCE_MS); /* what is left then goes with the next one */
-    tell(b);
     return s != SH_BUSY;
 }
 
@@ -168,21 +180,28 @@ static void drop_late(struct box *b)
         drop_or_defer(b, &ref);
 }
 
+static bool take(struct box *b, size_t nbytes, bool zero, struct sh_ref *ref)
+{
+    drop_late(b);
+    enum sh_status s = sh_alloc(&b->ctx, nbytes, zero, PATIENCE_MS, ref);
+    if (is_short(s))
+        ask_for_memory(b);
+    if (s == SH_OK && add(&b->held, ref))
+        return true;
+    if (s == SH_OK)
+        drop(b, ref);
+    return false;
+}
+
 static void *memory_take(struct box *b, size_t nbytes, bool zero)
 {
     struct sh_ref ref;
-    if (nbytes == 0 || b->closed || sh_is_forked(&b->ctx))
-        return NULL;
-    drop_late(b);
-    enum sh_status s = sh_alloc(&b->ctx, nbytes, zero, PATIENCE_MS, &ref);
-    if (is_short(s))
-        ask_for_memory(b);
-    tell(b);
-    if (s != SH_OK)
-        return NULL;
-    if (add(&b->held, &ref))
-        return ref.data;
-    drop(b, &ref);
+    if (nbytes != 0 && use(b) && take(b, nbytes, zero, &ref)) {
+        tell(b);
+        return ref.data; /* a user from now on */
+    }
+    if (nbytes != 0)
+        use_no_more(b);
     return NULL;
 }
 
@@ -192,12 +211,15 @@ static size_t memory_size(struct box *b, const void *data)
     return find(&b->held, data, false, &ref) ? ref.nbytes : 0;
 }
 
-static void memory_give(struct box *b, void *data)
+static bool memory_give(struct box *b, void *data)
 {
     struct sh_ref ref;
+    if (!find(&b->held, data, true, &ref))
+        return false;
     drop_late(b);
-    if (find(&b->held, data, true, &ref))
-        drop_or_defer(b, &ref);
+    drop_or_defer(b, &ref);
+    use_no_more(b);
+    return true;
 }
 
 /* Holding a heap */
@@ -214,14 +236,11 @@ static struct box *memory_hold(PyObject *heap, const uint8_t **first, const uint
     *first = b->ctx.base + b->ctx.geo.data;
     *end = b->ctx.base + b->ctx.geo.end;
     b->refs++;
-    b->exports++;
     return b;
 }
 
 static void memory_let(struct box *b)
 {
-    if (--b->exports == 0 && b->closed)
-        box_settle(b);
     box_drop(b);
 }
 

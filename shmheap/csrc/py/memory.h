@@ -18,15 +18,16 @@
 struct box; /* a heap that is held */
 
 struct sh_memory {
-    /* With the GIL. Until it is let go a heap stays mapped, as by an exported buffer, closed or
-     * not; all of its bytes are in [*first, *end). NULL: an exception is set. */
+    /* With the GIL. All that is taken will be in [*first, *end), though not only that: what is
+     * taken keeps the heap mapped, as an exported buffer does, and nothing else. NULL: an exception
+     * is set. */
     struct box *(*hold)(PyObject *heap, const uint8_t **first, const uint8_t **end);
     void (*let)(struct box *);
 
     /* With the GIL or without, in any thread; nothing waits long. */
     void *(*take)(struct box *, size_t nbytes, bool zero); /* NULL: the heap has none now */
-    size_t (*size)(struct box *, const void *);            /* 0: none that was taken */
-    void (*give)(struct box *, void *);
+    size_t (*size)(struct box *, const void *);            /* 0: nothing that was taken */
+    bool (*give)(struct box *, void *);                    /* false: likewise */
 };
 
 #endif

@@ -25,7 +25,8 @@
 struct held {
     struct sh_ref *refs; /* a hash table; data NULL: a free place; nbytes 0: to be dropped */
     size_t n, room;
-    _Atomic size_t late; /* to be dropped */
+    _Atomic size_t late;  /* to be dropped */
+    _Atomic size_t users; /* of the mapping: what is held, and threads inside */
     _Atomic uint64_t asked_ns;
 };
 
@@ -33,9 +34,10 @@ struct held {
 struct box {
     struct sh_ctx ctx;
     Py_ssize_t refs, exports, calls; /* heaps and blocks; exported buffers; threads inside */
-    bool closed, attached, keep;     /* keep: the last user does not close the heap */
-    const char *left_behind;         /* why a fork that is under way does not take the heap along */
-    PyObject *path, *bell;           /* str; callable that rings the doorbell */
+    _Atomic bool closed;
+    bool attached, keep;     /* keep: the last user does not close the heap */
+    const char *left_behind; /* why a fork that is under way does not take the heap along */
+    PyObject *path, *bell;   /* str; callable that rings the doorbell */
     struct held held;
     struct box *next;
 };
