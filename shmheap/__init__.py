@@ -13,6 +13,7 @@ General layout, from the ground up:
     heap                    Heap: its docstring follows one allocation all the way down
     verify                  the books against the witness
     testing                 fake time and ordered events, also for users' tests
+    plugins/                numpy: what is done for other packages
     cli/                    the commands
 
 Imports run one way, upwards; a test holds them to it. docs/invariants.md numbers what must hold.

@@ -284,8 +284,9 @@ def attempt(kept: Kept, name: str, *args: Any) -> str:
 
 
 def work(kept: Kept, key: str, name: str, *args: Any) -> Any:
-    """Call a function of shared_work with what is kept."""
-    return getattr(import_module("shared_work"), name)(kept[key], *args)
+    """Call a function of shared_work, or of "module:function", with what is kept."""
+    module, _, function = name.rpartition(":")
+    return getattr(import_module(module or "shared_work"), function)(kept[key], *args)
 
 
 def _attempt(action: Callable[[], object]) -> str:
