@@ -7,6 +7,7 @@
     bench.py lock [--json] [--quick] [--plot FILE.png]
     bench.py gc [--json] [--quick] [--plot FILE.png]
     bench.py collections [--json] [--quick] [--plot FILE.png]
+    bench.py arrays [--json] [--quick] [--plot FILE.png]
 
 What each command measures and how to read it: docs/reference/bench.md. A benchmark is not a test:
 the exit status says whether it ran, not whether the figures are good.
@@ -23,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))  # also under python -P
 
 import bench_alloc
+import bench_arrays
 import bench_colls
 import bench_common
 import bench_gc
@@ -37,6 +39,7 @@ COMMANDS: dict[str, bench_common.Command] = {
     "lock": bench_lock.Lock(),
     "gc": bench_gc.Gc(),
     "collections": bench_colls.Collections(),
+    "arrays": bench_arrays.Arrays(),
 }
 """A further command is a line here and a module in tools/bench/."""
 

@@ -172,6 +172,15 @@ def test_collections_has_every_part() -> None:
     assert {(300, 150), (500, 250), (400, 150), (50, 200)} <= limits
 
 
+def test_arrays_has_every_part() -> None:
+    found = run_bench("arrays", "--quick", "--json")
+    check_frame(found, "arrays")
+    assert len(found["arrays"]) == 6
+    for one in found["arrays"].values():
+        assert list(one["ns"]) == ["numpy.empty", "in the block", "heap.empty"]
+    assert {(row["must"], row["aim"]) for row in found["rows"]} == {(1.1, 1.0), (50, 10)}
+
+
 def test_the_clock_of_another_process_is_its_own(common: Any) -> None:
     clock = importlib.import_module("bench_colls")._clock_of(os.getpid())
     before = time.process_time_ns()
