@@ -99,13 +99,13 @@ enum sh_status sh_coll_leave(struct sh_ctx *c, enum sh_status status)
     return status == SH_OK ? after : status;
 }
 
-/* The process lock again, in the middle of something that only we can end. */
-bool sh_coll_enter_again(struct sh_ctx *c)
+/* Leaves the process lock for a moment, in the middle of something that only we can end: also if
+ * the heap was found damaged meanwhile. */
+void sh_coll_breathe(struct sh_ctx *c)
 {
-    enum sh_status status;
-    while ((status = sh_enter(c, 1000)) == SH_BUSY) {
+    sh_leave(c);
+    while (sh_process_lock(c, c->slot, 1000) == SH_BUSY) {
     }
-    return status == SH_OK;
 }
 
 #define MANY 100000u /* others cannot have been faster so often */
@@ -148,10 +148,13 @@ enum sh_status sh_coll_lock(struct sh_ctx *c, struct sh_use *u, sh_repair *repai
     return status;
 }
 
-/* Of the two, the collection's. The process lock was left before. */
-void sh_coll_unlock(struct sh_use *u)
+/* Leaves both. */
+enum sh_status sh_coll_done(struct sh_ctx *c, struct sh_use *u, enum sh_status status)
 {
+    sh_leave(c);
     sh_word_unlock(&sh_coll_of(u)->lock, 0);
+    enum sh_status after = sh_after_free(c);
+    return status == SH_OK ? after : status;
 }
 
 /* The body that we have seen is still the collection's. */
@@ -213,6 +216,17 @@ bool sh_coll_let(struct sh_ctx *c, struct sh_use *u)
     return sh_word_let(c, &sh_coll_of(u)->held);
 }
 
+/* The entries of a table at this moment, for whom its lock is not needed. */
+uint64_t sh_coll_live(const struct sh_use *u)
+{
+    uint64_t live = atomic_load_explicit(&((struct sh_table *)u->tail)->live, ACQ);
+    uint64_t at = SH_HI(live), words = (u->body.nbytes - sizeof(struct sh_node)) / 8;
+    if (at == 0 || at > words)
+        return SH_LO(live);
+    uint64_t word = atomic_load_explicit(&sh_body(u)->ref[at - 1], ACQ);
+    return SH_LO(live) + ((word & ~SH_REF_FROZEN) != 0);
+}
+
 enum sh_status sh_coll_size(struct sh_ctx *c, struct sh_use *u, int wait_ms, uint64_t *n,
                             uint64_t *stamp)
 {
@@ -220,8 +234,7 @@ enum sh_status sh_coll_size(struct sh_ctx *c, struct sh_use *u, int wait_ms, uin
     if (status != SH_OK)
         return status;
     bool table = SH_NODE_KIND(atomic_load_explicit(&sh_body(u)->head, RLX)) == SH_NODE_TABLE;
-    *n = table ? atomic_load_explicit(&((struct sh_table *)u->tail)->live, ACQ)
-               : atomic_load_explicit(&((struct sh_array *)u->tail)->len, ACQ);
+    *n = table ? sh_coll_live(u) : atomic_load_explicit(&((struct sh_array *)u->tail)->len, ACQ);
     *stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ);
     return sh_coll_leave(c, SH_OK);
 }

@@ -360,7 +360,7 @@ struct sh_look { /* what a record says of itself */
 bool sh_record_look(const struct sh_ref *, struct sh_look *);
 bool sh_look_is(const struct sh_look *, const struct sh_key *);
 enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, const struct sh_look *,
-                               struct sh_found *);
+                               struct sh_found *, uint8_t *to, uint32_t room);
 
 /* coll.c */
 static inline struct sh_coll *sh_coll_of(const struct sh_use *u)
@@ -376,11 +376,12 @@ enum sh_status sh_coll_new(struct sh_ctx *, uint32_t kind, struct sh_ref *body, 
                            struct sh_ref *);
 enum sh_status sh_coll_enter(struct sh_ctx *, struct sh_use *, int wait_ms);
 enum sh_status sh_coll_leave(struct sh_ctx *, enum sh_status);
-bool sh_coll_enter_again(struct sh_ctx *);
+void sh_coll_breathe(struct sh_ctx *);
 bool sh_coll_again(struct sh_ctx *, int wait_ms, enum sh_status *, uint32_t *tries);
 enum sh_status sh_coll_lock(struct sh_ctx *, struct sh_use *, sh_repair *, int wait_ms);
-void sh_coll_unlock(struct sh_use *);
+enum sh_status sh_coll_done(struct sh_ctx *, struct sh_use *, enum sh_status);
 bool sh_coll_measure(struct sh_use *);
+uint64_t sh_coll_live(const struct sh_use *);
 bool sh_coll_current(const struct sh_use *);
 void sh_coll_changed(struct sh_use *);
 void sh_coll_publish(struct sh_ctx *, struct sh_use *, struct sh_ref *body);

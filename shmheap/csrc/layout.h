@@ -273,8 +273,10 @@ struct sh_coll {
  * compare-and-swap of its place, without the lock, unless the place is frozen: then the table is
  * about to be. All else L: lock of the collection. */
 struct sh_table {
-    _Atomic uint64_t used;    /* places */
-    _Atomic uint64_t live;    /* places that are not 0 */
+    _Atomic uint64_t used; /* places */
+    /* entries:32, and above them 0, or, while one comes or goes, the number + 1 of the word of the
+     * body by which it does: there is one entry more as long as that one is not 0. */
+    _Atomic uint64_t live;
     _Atomic uint64_t last;    /* no place at or behind this one is in use: a hint */
     _Atomic uint64_t index[]; /* hash's upper half:32 place + 1:32, 0 = free */
 };

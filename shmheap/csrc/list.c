@@ -2,8 +2,8 @@
  * Shared lists: an array of items. An item is one word: a small value itself, or a reference to the
  * record of a larger one.
  *
- * Reading an item takes no lock but the own process's. All changes take the collection's lock, so
- * that a copy made with it is one moment's:
+ * Reading takes no lock but the own process's, and a copy that is not all of one moment is made
+ * again. All changes take the collection's lock:
  *
  *     append   item -> len             a death in between: the item is not there yet
  *     pop      len -> item 0           a death in between: the item is not there any more
@@ -12,6 +12,9 @@
  * An item at or behind len is nobody's: whoever puts another one there drops it.
  */
 #include "core.h"
+
+#include <stdlib.h>
+#include <string.h>
 
 #define MIN_ROOM 8u
 #define SLICE    128u
@@ -72,7 +75,7 @@ static uint64_t word_of(const struct sh_value *v)
     return bits >> 23 << 24 | SH_REF_VALUE | (bits & SH_CELL_LOW_MASK);
 }
 
-static void read_word(uint64_t word, struct sh_found *f)
+static void read_word(uint64_t word, struct sh_found *f, uint8_t *to)
 {
     uint64_t bits = word >> 24 << 23 | (word & SH_CELL_LOW_MASK);
     uint32_t nbytes = (uint32_t)(bits >> 4) & 7u;
@@ -81,8 +84,8 @@ static void read_word(uint64_t word, struct sh_found *f)
     f->key_kind = f->key_form = f->key_bytes = f->nrefs = 0;
     f->pinned = false;
     for (uint32_t i = 0; i < f->nbytes; i++)
-        f->small[i] = (uint8_t)(bits >> (7 + 8 * i));
-    f->key = f->value = f->small;
+        to[i] = (uint8_t)(bits >> (7 + 8 * i));
+    f->key = f->value = to;
 }
 
 /* An item that nobody holds yet. Locked by the process lock. SH_SLOW: refill for a record. */
@@ -107,7 +110,9 @@ static void put(struct sh_ctx *c, _Atomic uint64_t *at, uint64_t item)
 
 /* Reading. Locked by the process lock */
 
-static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i, struct sh_found *f)
+/* An item; its value gets there, if it has at most so many bytes and names nothing. */
+static enum sh_status look_into(struct sh_ctx *c, const struct sh_use *u, uint64_t i,
+                                struct sh_found *f, uint8_t *to, uint32_t room)
 {
     struct sh_ref r;
     struct sh_look l;
@@ -115,17 +120,22 @@ static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i,
     if (item == 0)
         return SH_AGAIN; /* taken out meanwhile */
     if (item & SH_REF_VALUE) {
-        read_word(item, f);
+        read_word(item, f, to);
         return SH_OK;
     }
     if (!sh_find_cell(c, item, &r) || !sh_record_look(&r, &l))
         return SH_AGAIN;
-    enum sh_status status = sh_record_found(c, &r, &l, f);
+    enum sh_status status = sh_record_found(c, &r, &l, f, to, room);
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && atomic_load_explicit(item_at(u, i), ACQ) != item)
         return SH_AGAIN;
     return status;
+}
+
+static enum sh_status look(struct sh_ctx *c, const struct sh_use *u, uint64_t i, struct sh_found *f)
+{
+    return look_into(c, u, i, f, f->small, sizeof f->small);
 }
 
 /* -1 is the last item, and so on. False: there is none. */
@@ -135,11 +145,11 @@ static bool index_of(int64_t i, uint64_t len, uint64_t *at)
     return *at < len;
 }
 
-/* Once more, with a free block for the value's record. */
+/* Once more, with a free block for the record of the value, if there is one. */
 static bool once_more(struct sh_ctx *c, const struct sh_value *v, int wait_ms,
                       enum sh_status *status, uint32_t *tries)
 {
-    if (*status != SH_SLOW)
+    if (*status != SH_SLOW || v == NULL)
         return sh_coll_again(c, wait_ms, status, tries);
     *status = sh_record_refill(c, NULL, v, v->nrefs != 0, wait_ms);
     return *status == SH_OK;
@@ -164,24 +174,36 @@ enum sh_status sh_list_get(struct sh_ctx *c, struct sh_use *u, int64_t i, int wa
 
 /* Changing one item. Both locks */
 
-static enum sh_status unlock(struct sh_ctx *c, struct sh_use *u, enum sh_status status)
+struct change {
+    enum sh_status (*make)(struct sh_ctx *, struct sh_use *, const struct change *);
+    int64_t i;
+    const struct sh_value *v;
+    struct sh_found *f;
+};
+
+static enum sh_status change(struct sh_ctx *c, struct sh_use *u, const struct change *one,
+                             int wait_ms)
 {
-    sh_leave(c);
-    sh_coll_unlock(u);
-    enum sh_status after = sh_after_free(c);
-    return status == SH_OK ? after : status;
+    enum sh_status status;
+    uint32_t tries = 0;
+    do {
+        status = sh_coll_lock(c, u, repair, wait_ms);
+        if (status != SH_OK)
+            return status;
+        status = sh_coll_done(c, u, one->make(c, u, one));
+    } while (once_more(c, one->v, wait_ms, &status, &tries));
+    return status;
 }
 
 /* A list's stamp: below, how often size or order changed; above, how often an item was set. */
 #define SET_ONE (1ull << 32)
 
-static enum sh_status set_at(struct sh_ctx *c, struct sh_use *u, int64_t i,
-                             const struct sh_value *v)
+static enum sh_status set(struct sh_ctx *c, struct sh_use *u, const struct change *one)
 {
     uint64_t at, item;
-    if (!index_of(i, len_of(u), &at))
+    if (!index_of(one->i, len_of(u), &at))
         return SH_ABSENT;
-    enum sh_status status = make_item(c, v, &item);
+    enum sh_status status = make_item(c, one->v, &item);
     if (status != SH_OK)
         return status;
     put(c, item_at(u, at), item);
@@ -192,23 +214,15 @@ static enum sh_status set_at(struct sh_ctx *c, struct sh_use *u, int64_t i,
 enum sh_status sh_list_set(struct sh_ctx *c, struct sh_use *u, int64_t i, const struct sh_value *v,
                            int wait_ms)
 {
-    enum sh_status status;
-    uint32_t tries = 0;
-    do {
-        status = sh_coll_lock(c, u, repair, wait_ms);
-        if (status != SH_OK)
-            return status;
-        status = unlock(c, u, set_at(c, u, i, v));
-    } while (once_more(c, v, wait_ms, &status, &tries));
-    return status;
+    return change(c, u, &(struct change){.make = set, .i = i, .v = v}, wait_ms);
 }
 
-static enum sh_status add(struct sh_ctx *c, struct sh_use *u, const struct sh_value *v)
+static enum sh_status add(struct sh_ctx *c, struct sh_use *u, const struct change *one)
 {
     uint64_t item, len = len_of(u);
     if (len == u->room)
         return SH_ABSENT;
-    enum sh_status status = make_item(c, v, &item);
+    enum sh_status status = make_item(c, one->v, &item);
     if (status != SH_OK)
         return status;
     put(c, item_at(u, len), item);
@@ -223,26 +237,20 @@ static enum sh_status add(struct sh_ctx *c, struct sh_use *u, const struct sh_va
 enum sh_status sh_list_append(struct sh_ctx *c, struct sh_use *u, const struct sh_value *v,
                               int wait_ms)
 {
+    struct sh_splice larger = {.always = true}; /* the same items */
     enum sh_status status;
-    uint32_t tries = 0;
-    do {
-        status = sh_coll_lock(c, u, repair, wait_ms);
-        if (status != SH_OK)
-            return status;
-        status = unlock(c, u, add(c, u, v));
-        if (status == SH_ABSENT) { /* no room: the same items in a larger array */
-            struct sh_splice s = {.always = true};
-            status = sh_list_splice(c, u, &s, wait_ms);
-            status = status == SH_OK || status == SH_DEFERRED ? SH_AGAIN : status;
-        }
-    } while (once_more(c, v, wait_ms, &status, &tries));
+    while ((status = change(c, u, &(struct change){.make = add, .v = v}, wait_ms)) == SH_ABSENT) {
+        status = sh_list_splice(c, u, &larger, wait_ms);
+        if (status != SH_OK && status != SH_DEFERRED)
+            break;
+    }
     return status;
 }
 
-static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, struct sh_found *f)
+static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, const struct change *one)
 {
     uint64_t len = len_of(u);
-    enum sh_status status = len != 0 ? look(c, u, len - 1, f) : SH_ABSENT;
+    enum sh_status status = len != 0 ? look(c, u, len - 1, one->f) : SH_ABSENT;
     if (status != SH_OK)
         return status;
     atomic_store_explicit(&tail(u)->len, len - 1, REL);
@@ -255,13 +263,148 @@ static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, struct sh_fo
 /* Takes out the last item. SH_ABSENT: there is none. */
 enum sh_status sh_list_pop(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_found *f)
 {
+    return change(c, u, &(struct change){.make = take_last, .f = f}, wait_ms);
+}
+
+/* Copies: a part of one moment, in memory of this process's own, because reading must not need any
+ * of the heap's. No lock is taken for it: if anything changed meanwhile, it is made again. */
+
+#define PATIENCE 16u /* copies in vain, before one keeps others from changing the list */
+
+/* An item of a copy. Behind it are the value's bytes, or, of one that names blocks: */
+struct copied {
+    uint32_t kind, nbytes, nrefs, pinned;
+    uint8_t bytes[];
+};
+struct pinned {
+    struct sh_ref record;
+    const uint8_t *value;
+};
+#define COPIED_MAX (sizeof(struct copied) + SH_VALUE_MAX)
+
+static uint64_t length_of(const struct copied *one)
+{
+    uint64_t n = one->pinned ? sizeof(struct pinned) : one->nbytes;
+    return sizeof *one + ((n + 7) & ~7ull);
+}
+
+/* The next item of a copy; if it is pinned, the caller's to unpin. False: that was all. */
+bool sh_copy_next(struct sh_copy *copy, struct sh_found *f)
+{
+    struct pinned held;
+    if (copy->at == copy->used)
+        return false;
+    const struct copied *one = (const struct copied *)(copy->bytes + copy->at);
+    f->key_kind = f->key_form = f->key_bytes = 0;
+    f->kind = one->kind;
+    f->nbytes = one->nbytes;
+    f->nrefs = one->nrefs;
+    f->pinned = one->pinned;
+    f->value = one->bytes;
+    if (f->pinned) {
+        memcpy(&held, one->bytes, sizeof held);
+        f->record = held.record;
+        f->value = held.value;
+    }
+    f->key = f->value;
+    copy->at += length_of(one);
+    return true;
+}
+
+/* SH_NOMEM: the copy has no room for another one. Locked. */
+static enum sh_status copy_item(struct sh_ctx *c, const struct sh_use *u, uint64_t i,
+                                struct sh_copy *copy)
+{
+    struct sh_found f;
+    if (copy->room - copy->used < COPIED_MAX)
+        return SH_NOMEM;
+    struct copied *one = (struct copied *)(copy->bytes + copy->used);
+    enum sh_status status = look_into(c, u, i, &f, one->bytes, SH_VALUE_MAX);
+    if (status != SH_OK)
+        return status;
+    *one = (struct copied){f.kind, f.nbytes, f.nrefs, f.pinned};
+    if (f.pinned)
+        memcpy(one->bytes, &(struct pinned){f.record, f.value}, sizeof(struct pinned));
+    copy->used += length_of(one);
+    copy->n++;
+    SH_CRASH("list:copying");
+    return SH_OK;
+}
+
+/* Locked, but for moments between slices. */
+static enum sh_status copy_part(struct sh_ctx *c, const struct sh_use *u, uint64_t start,
+                                uint64_t stop, struct sh_copy *copy)
+{
+    enum sh_status status = SH_OK;
+    uint64_t cell = u->cell, stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ);
+    for (uint64_t i = start; i < stop && status == SH_OK; i++) {
+        if (i > start && (i - start) % SLICE == 0)
+            sh_coll_breathe(c);
+        /* or another thread has seen the next body */
+        status = u->cell == cell ? copy_item(c, u, i, copy) : SH_AGAIN;
+    }
+    bool same = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ) == stamp && sh_coll_current(u);
+    return status == SH_OK && !same ? SH_AGAIN : status;
+}
+
+/* Locked, but for moments between slices. */
+static void forget(struct sh_ctx *c, struct sh_copy *copy)
+{
+    struct sh_found f;
+    for (uint64_t n = 0; sh_copy_next(copy, &f); n++) {
+        if (n > 0 && n % SLICE == 0)
+            sh_coll_breathe(c);
+        if (f.pinned)
+            sh_unpin_locked(c, &f.record);
+    }
+    copy->n = copy->used = copy->at = 0;
+}
+
+static uint64_t bound(int64_t i, uint64_t len)
+{
+    if (i < 0)
+        return -(uint64_t)i < len ? len + (uint64_t)i : 0;
+    return (uint64_t)i < len ? (uint64_t)i : len;
+}
+
+static enum sh_status try_copy(struct sh_ctx *c, struct sh_use *u, struct sh_copy *copy, bool lock,
+                               int wait_ms)
+{
+    enum sh_status status =
+        lock ? sh_coll_lock(c, u, repair, wait_ms) : sh_coll_enter(c, u, wait_ms);
+    if (status != SH_OK)
+        return status;
+    uint64_t len = len_of(u), start = bound(copy->start, len), stop = bound(copy->stop, len);
+    if (wait_ms == 0 && stop > start + SLICE)
+        status = SH_BUSY; /* it may take long */
+    else
+        status = copy_part(c, u, start, stop, copy);
+    if (status != SH_OK)
+        forget(c, copy);
+    return lock ? sh_coll_done(c, u, status) : sh_coll_leave(c, status);
+}
+
+static bool grow(struct sh_copy *copy)
+{
+    uint64_t room = copy->room != 0 ? 2 * copy->room : 4 * COPIED_MAX;
+    uint8_t *bytes = realloc(copy->bytes, room);
+    if (bytes == NULL)
+        return false;
+    copy->bytes = bytes;
+    copy->room = room;
+    return true;
+}
+
+/* The items of a part, of one moment. The caller frees copy->bytes, whatever happened. SH_BUSY
+ * without waiting: it may take long. Cost: reads them; the process lock. */
+enum sh_status sh_list_copy(struct sh_ctx *c, struct sh_use *u, struct sh_copy *copy, int wait_ms)
+{
     enum sh_status status;
     uint32_t tries = 0;
     do {
-        status = sh_coll_lock(c, u, repair, wait_ms);
-        if (status != SH_OK)
-            return status;
-        status = unlock(c, u, take_last(c, u, f));
+        status = try_copy(c, u, copy, tries > PATIENCE, wait_ms);
+        if (status == SH_NOMEM && grow(copy))
+            status = SH_AGAIN;
     } while (sh_coll_again(c, wait_ms, &status, &tries));
     return status;
 }
@@ -269,7 +412,7 @@ enum sh_status sh_list_pop(struct sh_ctx *c, struct sh_use *u, int wait_ms, stru
 /* Many at once */
 
 /* Copies n items; what they name is held once more. The process lock is left between slices. */
-static bool copy_items(struct sh_ctx *c, _Atomic uint64_t *from, _Atomic uint64_t *to, uint64_t n)
+static void hold_items(struct sh_ctx *c, _Atomic uint64_t *from, _Atomic uint64_t *to, uint64_t n)
 {
     for (uint64_t i = 0; i < n; i++) {
         struct sh_ref r;
@@ -277,13 +420,9 @@ static bool copy_items(struct sh_ctx *c, _Atomic uint64_t *from, _Atomic uint64_
         if (SH_REF_IS_CELL(item) && !sh_hold_cell(c, item, &r))
             item = 0;
         put(c, &to[i], item);
-        if (i % SLICE == SLICE - 1) {
-            sh_leave(c);
-            if (!sh_coll_enter_again(c))
-                return false;
-        }
+        if (i % SLICE == SLICE - 1)
+            sh_coll_breathe(c);
     }
-    return true;
 }
 
 /* An array for some items that are to come, pinned: filled by sh_list_stage, one after the other.
@@ -321,66 +460,19 @@ enum sh_status sh_list_stage(struct sh_ctx *c, const struct sh_ref *stage, const
     return status;
 }
 
-/* The i-th item of an array that we have pinned. */
-enum sh_status sh_list_staged(struct sh_ctx *c, const struct sh_ref *stage, uint64_t i, int wait_ms,
-                              struct sh_found *f)
-{
-    struct sh_use u = use_of(stage);
-    enum sh_status status;
-    uint32_t tries = 0;
-    do {
-        status = sh_enter(c, wait_ms);
-        if (status != SH_OK)
-            return status;
-        status = i < len_of(&u) ? look(c, &u, i, f) : SH_ABSENT;
-        sh_leave(c);
-    } while (sh_coll_again(c, wait_ms, &status, &tries));
-    return status;
-}
-
-/* All items of one moment, in an array of their own, pinned. */
-enum sh_status sh_list_copy(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_ref *r)
-{
-    for (;;) {
-        uint64_t len, stamp;
-        enum sh_status status = sh_coll_size(c, u, wait_ms, &len, &stamp);
-        if (status == SH_OK || status == SH_DEFERRED)
-            status = array_new(c, len, wait_ms, r);
-        if (status != SH_OK)
-            return status;
-        status = sh_coll_lock(c, u, repair, wait_ms);
-        if (status == SH_OK) {
-            struct sh_use to = use_of(r);
-            bool fits = len_of(u) <= to.room;
-            if (fits && copy_items(c, item_at(u, 0), item_at(&to, 0), len_of(u)))
-                atomic_store_explicit(&tail(&to)->len, len_of(u), REL);
-            status = unlock(c, u, SH_OK);
-            if (fits && (status == SH_OK || status == SH_DEFERRED))
-                return SH_OK;
-        }
-        sh_coll_retire(c, r, 1000);
-        if (status != SH_OK && status != SH_DEFERRED)
-            return status;
-    }
-}
-
 /* The new array: what is before the part, what comes in its place, what is behind it. */
-static bool fill(struct sh_ctx *c, struct sh_use *u, const struct sh_splice *s,
+static void fill(struct sh_ctx *c, struct sh_use *u, const struct sh_splice *s,
                  const struct sh_use *to)
 {
     uint64_t len = len_of(u), n = 0;
-    if (!copy_items(c, item_at(u, 0), item_at(to, 0), s->start))
-        return false;
+    hold_items(c, item_at(u, 0), item_at(to, 0), s->start);
     if (s->stage != NULL) {
         struct sh_use from = use_of(s->stage);
         n = len_of(&from);
-        if (!copy_items(c, item_at(&from, 0), item_at(to, s->start), n))
-            return false;
+        hold_items(c, item_at(&from, 0), item_at(to, s->start), n);
     }
-    if (!copy_items(c, item_at(u, s->stop), item_at(to, s->start + n), len - s->stop))
-        return false;
+    hold_items(c, item_at(u, s->stop), item_at(to, s->start + n), len - s->stop);
     atomic_store_explicit(&tail(to)->len, len - (s->stop - s->start) + n, REL);
-    return true;
 }
 
 static uint64_t staged(const struct sh_splice *s)
@@ -408,8 +500,7 @@ static enum sh_status splice(struct sh_ctx *c, struct sh_use *u, const struct sh
         return SH_AGAIN;
     if (s->always && s->stage == NULL && len < u->room)
         return SH_OK; /* somebody else was faster */
-    if (!fill(c, u, &part, &to))
-        return SH_CORRUPT;
+    fill(c, u, &part, &to);
     sh_coll_publish(c, u, fresh);
     return SH_OK;
 }
@@ -431,7 +522,7 @@ enum sh_status sh_list_splice(struct sh_ctx *c, struct sh_use *u, const struct s
             return status;
         status = sh_coll_lock(c, u, repair, wait_ms);
         if (status == SH_OK)
-            status = unlock(c, u, splice(c, u, s, &fresh));
+            status = sh_coll_done(c, u, splice(c, u, s, &fresh));
         enum sh_status retired = sh_coll_retire(c, &fresh, 1000);
         status = status == SH_OK ? retired : status;
     }

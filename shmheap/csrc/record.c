@@ -164,10 +164,10 @@ inline bool sh_look_is(const struct sh_look *l, const struct sh_key *k)
            same(l->bytes, k->bytes, k->nbytes);
 }
 
-/* Says what is in a record at which we have looked. Copies it if it is small; else it is pinned.
- * SH_SLOW: no pin is free. SH_AGAIN: it is gone. */
+/* Says what is in a record at which we have looked. It is copied if it names nothing and there is
+ * room for it; else it is pinned. SH_SLOW: no pin is free. SH_AGAIN: it is gone. */
 enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, const struct sh_look *l,
-                               struct sh_found *f)
+                               struct sh_found *f, uint8_t *to, uint32_t room)
 {
     f->key_kind = (uint32_t)l->kinds & 0xffu;
     f->key_form = SH_RECORD_FORM(l->kinds);
@@ -175,11 +175,11 @@ enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, const s
     f->key_bytes = l->key_bytes;
     f->nbytes = l->nbytes;
     f->nrefs = l->nrefs;
-    f->pinned = l->nrefs != 0 || (uint64_t)l->key_bytes + l->nbytes > SH_COPY_MAX;
-    f->key = f->pinned ? l->bytes : f->small;
+    f->pinned = l->nrefs != 0 || (uint64_t)l->key_bytes + l->nbytes > room;
+    f->key = f->pinned ? l->bytes : to;
     f->value = f->key + l->key_bytes;
     if (!f->pinned) {
-        copy(f->small, l->bytes, l->key_bytes + l->nbytes);
+        copy(to, l->bytes, l->key_bytes + l->nbytes);
         return SH_OK;
     }
     if (!sh_count_up(r->word, r->gen, sh_phase(c)))
@@ -199,7 +199,8 @@ enum sh_status sh_record_get(struct sh_ctx *c, const struct sh_ref *r, int wait_
     if (status != SH_OK)
         return status;
     struct sh_look l;
-    status = sh_record_look(r, &l) ? sh_record_found(c, r, &l, f) : SH_AGAIN;
+    status =
+        sh_record_look(r, &l) ? sh_record_found(c, r, &l, f, f->small, sizeof f->small) : SH_AGAIN;
     if (status == SH_AGAIN)
         status = sh_corrupt(c, SH_FAULT_NODE, sh_word_number(c, r->word));
     sh_leave(c);

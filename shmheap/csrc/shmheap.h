@@ -234,6 +234,13 @@ struct sh_splice {
     bool exact;                  /* nor may an item have been set */
     const struct sh_ref *stage;  /* items to come, or NULL */
 };
+/* Of a list: items of one moment, to be read one after the other. */
+struct sh_copy {
+    int64_t start, stop; /* of which part, as of a slice */
+    uint64_t n;
+    uint8_t *bytes; /* malloc'ed */
+    uint64_t room, used, at;
+};
 enum sh_status sh_list_get(struct sh_ctx *, struct sh_use *, int64_t i, int wait_ms,
                            struct sh_found *);
 enum sh_status sh_list_set(struct sh_ctx *, struct sh_use *, int64_t i, const struct sh_value *,
@@ -243,12 +250,11 @@ enum sh_status sh_list_append(struct sh_ctx *, struct sh_use *, const struct sh_
 enum sh_status sh_list_pop(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_found *);
 enum sh_status sh_list_splice(struct sh_ctx *, struct sh_use *, const struct sh_splice *,
                               int wait_ms);
-enum sh_status sh_list_copy(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_ref *);
+enum sh_status sh_list_copy(struct sh_ctx *, struct sh_use *, struct sh_copy *, int wait_ms);
+bool sh_copy_next(struct sh_copy *, struct sh_found *);
 enum sh_status sh_list_stage_new(struct sh_ctx *, uint64_t room, int wait_ms, struct sh_ref *);
 enum sh_status sh_list_stage(struct sh_ctx *, const struct sh_ref *, const struct sh_value *,
                              int wait_ms);
-enum sh_status sh_list_staged(struct sh_ctx *, const struct sh_ref *, uint64_t i, int wait_ms,
-                              struct sh_found *);
 
 /* node.c: references between blocks */
 enum sh_status sh_node_load(struct sh_ctx *, const struct sh_ref *node, uint32_t i, int wait_ms,

@@ -19,6 +19,7 @@
 #include "core.h"
 
 #define MIN_ROOM 8u
+#define MAX_ROOM (UINT32_MAX / 8) /* words of a table have numbers of 32 bits */
 
 static struct sh_table *tail(const struct sh_use *u)
 {
@@ -41,7 +42,7 @@ static uint64_t index_bytes(uint64_t room)
 static enum sh_status table_new(struct sh_ctx *c, uint64_t room, int wait_ms, struct sh_ref *r)
 {
     room = room < MIN_ROOM ? MIN_ROOM : room;
-    if (room > UINT32_MAX / 2)
+    if (room > MAX_ROOM)
         return SH_FULL;
     return sh_node_new(c, SH_NODE_TABLE, (uint32_t)room, index_bytes(room), wait_ms, r);
 }
@@ -116,7 +117,7 @@ static enum sh_status look_up(struct sh_ctx *c, const struct sh_use *u, const st
 static enum sh_status found(struct sh_ctx *c, const struct sh_use *u, const struct spot *s,
                             struct sh_found *f)
 {
-    enum sh_status status = sh_record_found(c, &s->r, &s->look, f);
+    enum sh_status status = sh_record_found(c, &s->r, &s->look, f, f->small, sizeof f->small);
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && !unchanged(u, s))
@@ -145,13 +146,23 @@ enum sh_status sh_dict_get(struct sh_ctx *c, struct sh_use *u, const struct sh_k
 
 /* Places and index. Both locks held */
 
-static void index_place(const struct sh_use *u, uint64_t hash, uint64_t place)
+/* NULL: the index is full, which it cannot be. */
+static _Atomic uint64_t *free_entry(const struct sh_use *u, uint64_t hash)
 {
-    uint64_t i = hash;
-    while (atomic_load_explicit(&tail(u)->index[i & u->mask], RLX) != 0)
-        i++;
-    atomic_store_explicit(&tail(u)->index[i & u->mask], SH_PAIR((uint32_t)(hash >> 32), place + 1),
-                          REL);
+    for (uint64_t i = hash, n = 0; n <= u->mask; i++, n++)
+        if (atomic_load_explicit(&tail(u)->index[i & u->mask], RLX) == 0)
+            return &tail(u)->index[i & u->mask];
+    return NULL;
+}
+
+static enum sh_status torn(struct sh_ctx *c, const struct sh_use *u)
+{
+    return sh_corrupt(c, SH_FAULT_NODE, sh_word_number(c, u->body.word));
+}
+
+static void index_place(_Atomic uint64_t *entry, uint64_t hash, uint64_t place)
+{
+    atomic_store_explicit(entry, SH_PAIR((uint32_t)(hash >> 32), place + 1), REL);
 }
 
 static bool is_indexed(const struct sh_use *u, uint64_t hash, uint64_t place)
@@ -170,23 +181,41 @@ static uint64_t used_of(const struct sh_use *u)
     return used < u->room ? used : u->room;
 }
 
+/* So many entries, and one more as long as the word is not 0: who asks for their number in the
+ * middle of a change, or after a death there, finds what is true (sh_coll_live). */
+static void count(const struct sh_use *u, uint64_t n, const _Atomic uint64_t *word)
+{
+    uint64_t at = word == NULL ? 0 : (uint64_t)(word - place_at(u, 0)) + 1;
+    atomic_store_explicit(&tail(u)->live, SH_PAIR(at, n), REL);
+}
+
 static void use_place(struct sh_use *u, uint64_t place)
 {
     atomic_store_explicit(&tail(u)->used, place + 1, REL);
     atomic_store_explicit(&tail(u)->last, place + 1, RLX);
 }
 
-/* The record is ours alone, with count 1: its reference is the place's. */
-static void insert(struct sh_ctx *c, struct sh_use *u, const struct sh_ref *r, uint64_t hash)
+/* A new key. SH_SLOW: refill for its record. */
+static enum sh_status insert(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                             const struct sh_value *v)
 {
-    uint64_t place = used_of(u);
-    atomic_store_explicit(place_at(u, place), sh_cell_of(c, r), REL);
+    struct sh_ref r;
+    uint64_t place = used_of(u), n = sh_coll_live(u);
+    _Atomic uint64_t *entry = free_entry(u, key->hash);
+    if (entry == NULL)
+        return torn(c, u);
+    enum sh_status status = sh_record_take(c, key, v, v->nrefs != 0, &r);
+    if (status != SH_OK)
+        return status;
+    atomic_store_explicit(place_at(u, place), sh_cell_of(c, &r), REL); /* its holder */
     SH_CRASH("dict:placed");
-    index_place(u, hash, place);
+    count(u, n, entry);
+    index_place(entry, key->hash, place);
     SH_CRASH("dict:indexed");
     use_place(u, place);
-    sh_bump(&tail(u)->live, 1);
+    count(u, n + 1, NULL);
     sh_coll_changed(u);
+    return SH_OK;
 }
 
 /* The place behind the last: what is in the index is found, and others may replace it while we
@@ -213,7 +242,7 @@ static void repair(struct sh_ctx *c, struct sh_use *u)
         repair_place(c, u, place);
     for (uint64_t i = 0; i < used_of(u); i++)
         live += atomic_load_explicit(place_at(u, i), ACQ) != 0;
-    atomic_store_explicit(&tail(u)->live, live, REL);
+    count(u, live, NULL);
     atomic_store_explicit(&tail(u)->last, used_of(u), RLX);
     sh_coll_changed(u);
 }
@@ -222,53 +251,57 @@ static void repair(struct sh_ctx *c, struct sh_use *u)
 
 #define SLICE 128u
 
-/* Some places of the old table, from *from on, get into the new one, as *to. */
-static void copy_some(struct sh_ctx *c, const struct sh_use *old, const struct sh_use *new,
-                      uint64_t *from, uint64_t *to)
+/* A place of the old table gets into the new one, as *to. False: it has room for fewer. */
+static bool copy_place(struct sh_ctx *c, _Atomic uint64_t *from, const struct sh_use *new,
+                       uint64_t *to)
 {
-    uint64_t end = *from + SLICE < used_of(old) ? *from + SLICE : used_of(old);
-    for (; *from < end; ++*from) {
-        struct sh_ref r;
-        struct sh_look look;
-        uint64_t cell = sh_freeze(place_at(old, *from));
-        SH_CRASH("dict:frozen");
-        if (cell == 0 || !sh_hold_cell(c, cell, &r))
-            continue;
-        atomic_store_explicit(place_at(new, *to), cell, REL);
-        index_place(new, sh_record_look(&r, &look) ? look.hash : 0, (*to)++);
+    struct sh_ref r;
+    struct sh_look look;
+    uint64_t cell = sh_freeze(from);
+    SH_CRASH("dict:frozen");
+    if (cell == 0 || !sh_hold_cell(c, cell, &r))
+        return true;
+    uint64_t hash = sh_record_look(&r, &look) ? look.hash : 0;
+    _Atomic uint64_t *entry = *to < new->room ? free_entry(new, hash) : NULL;
+    if (entry == NULL) {
+        sh_count_down(c, &r, sh_phase(c));
+        return false;
     }
+    atomic_store_explicit(place_at(new, *to), cell, REL);
+    index_place(entry, hash, (*to)++);
+    return true;
 }
 
-/* Fills the new table and puts it in the place of the old one, which is *fresh then. Both locks are
- * held, and again at the end; the process lock is left between slices. */
-static enum sh_status move_into(struct sh_ctx *c, struct sh_use *u, struct sh_ref *fresh,
-                                bool empty)
+/* Fills the new table. Both locks are held, and again at the end; the process lock is left between
+ * slices. */
+static enum sh_status fill(struct sh_ctx *c, const struct sh_use *old, const struct sh_use *new,
+                           bool empty)
 {
-    struct sh_use new = *u;
-    uint64_t from = 0, to = 0;
-    new.body = *fresh;
-    sh_coll_measure(&new);
-    while (from < used_of(u)) {
+    uint64_t to = 0;
+    for (uint64_t from = 0; from < used_of(old); from++) {
         if (empty)
-            for (uint64_t end = from + SLICE; from < end && from < used_of(u);)
-                sh_freeze(place_at(u, from++));
-        else
-            copy_some(c, u, &new, &from, &to);
-        sh_leave(c);
-        if (!sh_coll_enter_again(c))
-            return SH_CORRUPT;
+            sh_freeze(place_at(old, from));
+        else if (!copy_place(c, place_at(old, from), new, &to))
+            return torn(c, old);
+        if (from % SLICE == SLICE - 1)
+            sh_coll_breathe(c);
     }
-    atomic_store_explicit(&tail(&new)->used, to, RLX);
-    atomic_store_explicit(&tail(&new)->live, to, RLX);
-    atomic_store_explicit(&tail(&new)->last, to, RLX);
-    sh_coll_publish(c, u, fresh);
+    atomic_store_explicit(&tail(new)->used, to, RLX);
+    count(new, to, NULL);
+    atomic_store_explicit(&tail(new)->last, to, RLX);
     return SH_OK;
 }
 
-static void unlock(struct sh_ctx *c, struct sh_use *u)
+/* The new table, which is filled, in the place of the old one, which is *fresh then. */
+static enum sh_status move_into(struct sh_ctx *c, struct sh_use *u, struct sh_ref *fresh,
+                                bool empty)
 {
-    sh_leave(c);
-    sh_coll_unlock(u);
+    struct sh_use new = {.body = *fresh};
+    sh_coll_measure(&new);
+    enum sh_status status = fill(c, u, &new, empty);
+    if (status == SH_OK)
+        sh_coll_publish(c, u, fresh);
+    return status;
 }
 
 /* A larger table, or one without the places of what was deleted, or an empty one. SH_BUSY without
@@ -286,11 +319,11 @@ static enum sh_status replace_table(struct sh_ctx *c, struct sh_use *u, bool emp
         return status;
     status = sh_coll_lock(c, u, repair, wait_ms);
     if (status == SH_OK) {
-        live = atomic_load_explicit(&tail(u)->live, RLX);
+        live = sh_coll_live(u);
         bool fits = SH_NODE_NREFS(((struct sh_node *)fresh.data)->head) > live;
         if (empty || (fits && used_of(u) == u->room)) /* else somebody was faster */
             status = move_into(c, u, &fresh, empty);
-        unlock(c, u);
+        status = sh_coll_done(c, u, status);
     }
     enum sh_status retired = sh_coll_retire(c, &fresh, 1000);
     return status == SH_OK ? retired : status;
@@ -341,23 +374,16 @@ static enum sh_status set_locked(struct sh_ctx *c, struct sh_use *u, const struc
                                  const struct sh_value *v, bool must_be_new, int wait_ms)
 {
     struct spot s;
-    struct sh_ref r;
     enum sh_status status = sh_coll_lock(c, u, repair, wait_ms);
     if (status != SH_OK)
         return status;
-    if (find(c, u, key, &s)) {
+    if (find(c, u, key, &s))
         status = must_be_new ? SH_CHANGED : replace(c, u, key, v, &s);
-    } else if (used_of(u) == u->room) {
+    else if (used_of(u) == u->room)
         status = SH_ABSENT;
-    } else {
-        status = sh_record_take(c, key, v, v->nrefs != 0, &r);
-        if (status == SH_OK)
-            insert(c, u, &r, key->hash);
-    }
-    sh_leave(c);
-    sh_coll_unlock(u);
-    enum sh_status after = sh_after_free(c);
-    return status == SH_OK ? after : status;
+    else
+        status = insert(c, u, key, v);
+    return sh_coll_done(c, u, status);
 }
 
 /* The key stands for the value from now on; with must_be_new: unless it stands for one already
@@ -392,10 +418,13 @@ enum sh_status sh_dict_set(struct sh_ctx *c, struct sh_use *u, const struct sh_k
 /* SH_AGAIN: what is there was replaced meanwhile, without the lock. */
 static enum sh_status delete(struct sh_ctx *c, struct sh_use *u, const struct spot *s)
 {
-    if (!sh_swap_found(c, place_at(u, s->place), s->cell, &s->r, 0))
-        return SH_AGAIN;
+    uint64_t n = sh_coll_live(u);
+    count(u, n - 1, place_at(u, s->place));
+    bool gone = sh_swap_found(c, place_at(u, s->place), s->cell, &s->r, 0);
     SH_CRASH("dict:deleted");
-    sh_bump(&tail(u)->live, (uint64_t)-1);
+    count(u, n - gone, NULL);
+    if (!gone)
+        return SH_AGAIN;
     sh_coll_changed(u);
     return SH_OK;
 }
@@ -436,10 +465,7 @@ static enum sh_status pop(struct sh_ctx *c, struct sh_use *u, const struct sh_ke
         if (status != SH_OK)
             return status;
         bool there = key != NULL ? find(c, u, key, &s) : last_spot(c, u, &s);
-        status = there ? pop_spot(c, u, &s, f) : SH_ABSENT;
-        unlock(c, u);
-        enum sh_status after = sh_after_free(c);
-        status = status == SH_OK ? after : status;
+        status = sh_coll_done(c, u, there ? pop_spot(c, u, &s, f) : SH_ABSENT);
     } while (sh_coll_again(c, wait_ms, &status, &tries));
     return status;
 }

@@ -226,18 +226,32 @@ static void test_values_name_blocks(void)
 
 /* Lists */
 
+static void part_must_be(struct sh_ctx *c, struct sh_use *u, int64_t start, int64_t stop,
+                         const uint32_t *want, uint64_t n)
+{
+    struct sh_copy copy = {.start = start, .stop = stop};
+    struct sh_found f;
+    done(c, sh_list_copy(c, u, &copy, 1000));
+    CHECK(copy.n == n);
+    for (uint64_t i = 0; i < n; i++)
+        CHECK(sh_copy_next(&copy, &f) && is_value(c, &f, want[i]));
+    CHECK(!sh_copy_next(&copy, &f));
+    free(copy.bytes);
+}
+
+static void list_fill(struct sh_ctx *c, struct sh_use *u, uint32_t *want, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        struct sh_value v = value_of(&i);
+        done(c, sh_list_append(c, u, &v, 1000));
+        want[i] = i;
+    }
+}
+
 static void list_check(struct scene *s, struct sh_ctx *c, struct sh_use *u, const uint32_t *want,
                        uint64_t n)
 {
-    struct sh_ref copy;
-    struct sh_found f;
-    done(c, sh_list_copy(c, u, 1000, &copy));
-    for (uint64_t i = 0; i < n; i++) {
-        done(c, sh_list_staged(c, &copy, i, 1000, &f));
-        CHECK(is_value(c, &f, want[i]));
-    }
-    CHECK_IS(sh_list_staged(c, &copy, n, 1000, &f), SH_ABSENT);
-    block_drop(c, &copy);
+    part_must_be(c, u, 0, INT64_MAX, want, n);
     must_be_sound(&s->lead, EXACT_COUNTS);
 }
 
@@ -307,6 +321,90 @@ static void test_a_list_is_one(void)
             collect(&s->lead);
     }
     scene_end(s);
+}
+
+static void test_parts_of_a_list(void)
+{
+    static const int64_t ends[] = {INT64_MIN, -301, -300, -2, 0, 7, 299, 300, 301, INT64_MAX};
+    struct scene *s = scene_new(true);
+    uint32_t want[300];
+    list_fill(&s->c, &s->of_c, want, 300);
+    for (uint32_t i = 0; i < 10; i++)
+        for (uint32_t k = 0; k < 10; k++) {
+            int64_t from = ends[i] < -300 ? 0 : ends[i] < 0 ? ends[i] + 300 : ends[i];
+            int64_t to = ends[k] < -300 ? 0 : ends[k] < 0 ? ends[k] + 300 : ends[k];
+            from = from < 300 ? from : 300;
+            to = to < 300 ? to : 300;
+            part_must_be(&s->c, &s->of_c, ends[i], ends[k], want + from,
+                         to > from ? (uint64_t)(to - from) : 0);
+        }
+    scene_end(s);
+}
+
+/* The witness changes it while the other one copies. */
+
+static bool set_ends(struct scene *s)
+{
+    static const uint32_t numbers[] = {1001, 1002};
+    enum sh_status status = SH_OK;
+    for (uint32_t i = 0; i < 2 && status == SH_OK; i++) {
+        struct sh_value v = value_of(&numbers[i]);
+        status = sh_list_set(&s->witness, &s->of_witness, i == 0 ? 0 : -1, &v, 0);
+    }
+    return status == SH_OK;
+}
+
+static void set_once(void *arg)
+{
+    CHECK(set_ends(arg));
+}
+
+static void set_always(void *arg)
+{
+    if (set_ends(arg)) /* else it is locked */
+        at_moment("list:copying", set_always, arg);
+}
+
+static void put_thousand(void *arg)
+{
+    struct scene *s = arg;
+    uint32_t more[1000];
+    list_fill(&s->witness, &s->of_witness, more, 1000);
+}
+
+static void copy_while(void (*act)(void *), uint32_t more)
+{
+    struct scene *s = scene_new(true);
+    uint32_t want[1200];
+    list_fill(&s->witness, &s->of_witness, want, 200);
+    for (uint32_t i = 0; i < more; i++)
+        want[200 + i] = i;
+    if (more == 0) {
+        want[0] = 1001;
+        want[199] = 1002;
+    }
+    at_moment("list:copying", act, s);
+    part_must_be(&s->c, &s->of_c, 0, INT64_MAX, want, 200 + more);
+    MOMENT_CAME("list:copying");
+    scene_end(s);
+}
+
+/* The old first item and the new last one were never in it together. */
+static void test_a_copy_is_of_one_moment(void)
+{
+    copy_while(set_once, 0);
+}
+
+/* Another array has the items by then, and those of the old one went. */
+static void test_a_list_grows_while_it_is_copied(void)
+{
+    copy_while(put_thousand, 1000);
+}
+
+/* Who copies comes to an end, however often others change the list. */
+static void test_a_list_that_always_changes_is_copied(void)
+{
+    copy_while(set_always, 0);
 }
 
 /* Deaths */
@@ -479,27 +577,99 @@ static void test_a_key_is_replaced_while_it_is_repaired(void)
     scene_end(s);
 }
 
+/* No page and no pin is to be had any more. */
 #define MANY_PINS 100000u
+
+struct crowd {
+    struct sh_ref *pins;
+    uint32_t n;
+    uint64_t limit;
+};
+
+static struct crowd crowd_in(struct sh_ctx *c, const struct sh_ref *r)
+{
+    struct crowd all = {.pins = calloc(MANY_PINS, sizeof *all.pins)};
+    all.limit = atomic_exchange(&c->hdr->limit_units, sh_committed_units(c));
+    while (all.n < MANY_PINS && sh_repin(c, r, 1000, &all.pins[all.n]) == SH_OK)
+        all.n++;
+    CHECK(all.n < MANY_PINS);
+    return all;
+}
+
+static void crowd_out(struct sh_ctx *c, struct crowd *all)
+{
+    atomic_store(&c->hdr->limit_units, all->limit);
+    while (all->n-- > 0)
+        block_drop(c, &all->pins[all->n]);
+    free(all->pins);
+}
 
 /* Who took the lock of a dead one, and had no room for a pin, let go of it as if there was nothing
  * to repair. */
 static void test_a_dead_ones_lock_is_taken_without_room(void)
 {
     struct scene *s = half_inserted();
-    struct sh_ref *pins = calloc(MANY_PINS, sizeof *pins);
     struct sh_ctx *w = &s->witness;
-    uint32_t n = 0, key = 1;
+    struct crowd all = crowd_in(w, &s->of_witness.coll);
+    uint32_t key = 1;
     struct sh_key k = key_of(&key);
-    uint64_t limit = atomic_exchange(&w->hdr->limit_units, sh_committed_units(w));
-    while (n < MANY_PINS && sh_repin(w, &s->of_witness.coll, 1000, &pins[n]) == SH_OK)
-        n++;
     CHECK_IS(sh_dict_pop(w, &s->of_witness, &k, 1000, NULL), SH_LIMIT);
-    atomic_store(&w->hdr->limit_units, limit);
+    atomic_store(&w->hdr->limit_units, all.limit);
     dict_must_go_on(s, 1002);
-    while (n-- > 0)
-        block_drop(w, &pins[n]);
-    free(pins);
+    crowd_out(w, &all);
     scene_end(s);
+}
+
+/* Copying a list took an array of the heap. */
+static void test_a_list_is_copied_without_room(void)
+{
+    struct scene *s = scene_new(true);
+    uint32_t want[1000];
+    list_fill(&s->witness, &s->of_witness, want, 1000);
+    struct crowd all = crowd_in(&s->witness, &s->of_witness.coll);
+    part_must_be(&s->witness, &s->of_witness, 0, INT64_MAX, want, 1000);
+    crowd_out(&s->witness, &all);
+    scene_end(s);
+}
+
+static void put_5(void *arg)
+{
+    struct scene *s = arg;
+    dict_put(&s->c, &s->of_c, 5, 1);
+}
+
+static void pop_1(void *arg)
+{
+    struct scene *s = arg;
+    uint32_t key = 1;
+    struct sh_key k = key_of(&key);
+    done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
+}
+
+/* Who asks for the number of keys does not take the lock of the dead. */
+static void test_a_dict_is_counted_after_a_death(void)
+{
+    static const struct {
+        void (*act)(void *);
+        const char *point;
+        uint64_t n;
+    } deaths[] = {{put_5, "dict:placed", 5},
+                  {put_5, "dict:indexed", 6},
+                  {pop_1, "node:stored", 4},
+                  {pop_1, "dict:deleted", 4}};
+    for (uint32_t i = 0; i < 4; i++) {
+        struct scene *s = scene_new(false);
+        uint64_t n, stamp, there = 0;
+        for (uint32_t key = 0; key < 5; key++)
+            dict_put(&s->witness, &s->of_witness, key, 1);
+        CHECK(!child_survives(deaths[i].act, s, deaths[i].point, 1));
+        arena_die(&s->c);
+        for (uint32_t key = 0; key < 6; key++)
+            there += dict_number(&s->witness, &s->of_witness, key, 1);
+        done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+        CHECK(n == there && n == deaths[i].n);
+        scene_end(s);
+    }
 }
 
 /* The lock that users have outlives nobody. */
@@ -522,10 +692,16 @@ int main(void)
         {"a_dict_has_an_order", test_a_dict_has_an_order},
         {"values_name_blocks", test_values_name_blocks},
         {"a_list_is_one", test_a_list_is_one},
+        {"parts_of_a_list", test_parts_of_a_list},
+        {"a_copy_is_of_one_moment", test_a_copy_is_of_one_moment},
+        {"a_list_grows_while_it_is_copied", test_a_list_grows_while_it_is_copied},
+        {"a_list_that_always_changes_is_copied", test_a_list_that_always_changes_is_copied},
         {"deaths_in_a_dict", test_deaths_in_a_dict},
         {"deaths_in_a_list", test_deaths_in_a_list},
         {"a_key_is_replaced_while_it_is_repaired", test_a_key_is_replaced_while_it_is_repaired},
         {"a_dead_ones_lock_is_taken_without_room", test_a_dead_ones_lock_is_taken_without_room},
+        {"a_list_is_copied_without_room", test_a_list_is_copied_without_room},
+        {"a_dict_is_counted_after_a_death", test_a_dict_is_counted_after_a_death},
         {"a_lock_whose_holder_died", test_a_lock_whose_holder_died},
     };
     return test_main("colls", tests, sizeof tests / sizeof tests[0]);

@@ -189,6 +189,25 @@ def test_no_room_changes_nothing(heap_name: str) -> None:
         heap.unlink()
 
 
+def test_reading_needs_no_room(heap_name: str) -> None:
+    """Iterating over a list took an array of the heap."""
+    with Heap.create(heap_name, capacity="1MiB") as heap:
+        values = [1, "x" * 50, "y" * 1000, (1, "z" * 300), *range(500)]
+        sequence, mapping = heap.list(value=values), heap.dict(value=dict(enumerate(values)))
+        kept = []
+        for nbytes in (8192, 16):
+            with pytest.raises(HeapFull):
+                until_full(lambda _, nbytes=nbytes: kept.append(heap.alloc(nbytes)))
+        assert [*sequence] == [*reversed(sequence)][::-1] == values == sequence
+        assert (sequence[1:3], sequence[::-7]) == (values[1:3], values[::-7])
+        assert 77 in sequence
+        assert sequence.index(78) == values.index(78)
+        assert [*mapping.values()] == [mapping[index] for index in range(len(values))] == values
+        assert sequence.pop() == 499
+        assert mapping.popitem() == (503, 499)
+        heap.unlink()
+
+
 # Sending and copying
 
 

@@ -2,6 +2,8 @@
 
 #include "coll.h"
 
+#include <stdlib.h>
+
 static PyObject *list_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     return coll_new(type, args, kwargs, SH_NODE_LIST);
@@ -28,57 +30,59 @@ static PyObject *get(Coll *self, Py_ssize_t i)
     return value;
 }
 
-/* What is in an array of our own, as a list. */
-static PyObject *items_of(Coll *self, const struct sh_ref *stage, uint64_t n)
+static PyObject *items_of(Coll *self, struct sh_copy *copy)
 {
-    struct box *b = self->box;
-    PyObject *list = PyList_New((Py_ssize_t)n);
-    for (uint64_t i = 0; list != NULL && i < n; i++) {
-        struct sh_found f;
-        enum sh_status s;
-        DO(b, s, sh_list_staged(&b->ctx, stage, i, wait, &f));
-        PyObject *value = result(self, s, &f, "list changed");
-        if (value == NULL)
+    struct sh_found f;
+    Py_ssize_t i = 0;
+    PyObject *list = PyList_New((Py_ssize_t)copy->n), *value;
+    while (list != NULL && sh_copy_next(copy, &f)) {
+        if ((value = value_decode((PyObject *)self, self->box, &f)) == NULL)
             Py_CLEAR(list);
         else
-            PyList_SetItem(list, (Py_ssize_t)i, value);
+            PyList_SetItem(list, i++, value);
     }
     return list;
 }
 
-static void drop(struct box *b, struct sh_ref *r)
+/* A part of what there was at one moment, as a list. */
+static PyObject *part_of(Coll *self, Py_ssize_t start, Py_ssize_t stop)
 {
-    struct sh_found held = {.pinned = true, .record = *r};
-    found_end(b, &held);
-}
-
-static uint64_t length_of(const struct sh_ref *stage)
-{
-    struct sh_use u = {.body = *stage};
-    sh_coll_measure(&u);
-    return atomic_load(&((struct sh_array *)u.tail)->len);
+    enum sh_status s;
+    struct box *b = self->box;
+    struct sh_copy copy = {.start = start, .stop = stop};
+    struct sh_found f;
+    PyObject *list = NULL;
+    box_enter(b);
+    DO(b, s, sh_list_copy(&b->ctx, &self->use, &copy, wait));
+    if (s == SH_OK)
+        list = items_of(self, &copy);
+    else if (!PyErr_Occurred())
+        fail(b, s);
+    while (sh_copy_next(&copy, &f)) /* after an error */
+        found_end(b, &f);
+    box_leave(b);
+    free(copy.bytes);
+    return list;
 }
 
 /* _snapshot() -> list of what there was at one moment */
 static PyObject *list_snapshot(Coll *self, PyObject *unused)
 {
-    struct sh_ref stage;
-    enum sh_status s;
-    struct box *b = self->box;
-    PyObject *list = NULL;
     (void)unused;
-    if (!coll_usable(self))
+    return coll_usable(self) ? part_of(self, 0, PY_SSIZE_T_MAX) : NULL;
+}
+
+static PyObject *slice_of(Coll *self, PyObject *slice)
+{
+    Py_ssize_t start, stop, step;
+    if (PySlice_Unpack(slice, &start, &stop, &step) != 0)
         return NULL;
-    box_enter(b);
-    DO(b, s, sh_list_copy(&b->ctx, &self->use, wait, &stage));
-    if (s == SH_OK) {
-        list = items_of(self, &stage, length_of(&stage));
-        drop(b, &stage);
-    } else if (!PyErr_Occurred()) {
-        fail(b, s);
-    }
-    box_leave(b);
-    return list;
+    if (step == 1)
+        return part_of(self, start, stop);
+    PyObject *all = part_of(self, 0, PY_SSIZE_T_MAX);
+    PyObject *part = all ? PyObject_GetItem(all, slice) : NULL;
+    Py_XDECREF(all);
+    return part;
 }
 
 static PyObject *list_subscript(Coll *self, PyObject *key)
@@ -89,13 +93,10 @@ static PyObject *list_subscript(Coll *self, PyObject *key)
         Py_ssize_t i = PyNumber_AsSsize_t(key, PyExc_IndexError);
         return i == -1 && PyErr_Occurred() ? NULL : get(self, i);
     }
-    if (Py_TYPE(key) != &PySlice_Type)
-        return PyErr_Format(PyExc_TypeError, "list indices must be integers or slices, not %R",
-                            (PyObject *)Py_TYPE(key));
-    PyObject *all = list_snapshot(self, NULL);
-    PyObject *part = all ? PyObject_GetItem(all, key) : NULL;
-    Py_XDECREF(all);
-    return part;
+    if (Py_TYPE(key) == &PySlice_Type)
+        return slice_of(self, key);
+    return PyErr_Format(PyExc_TypeError, "list indices must be integers or slices, not %R",
+                        (PyObject *)Py_TYPE(key));
 }
 
 static PyObject *list_item(Coll *self, Py_ssize_t i)
@@ -170,6 +171,12 @@ static PyObject *list_pop(Coll *self, PyObject *unused)
     PyObject *value = result(self, s, &f, "pop from empty list");
     box_leave(b);
     return value;
+}
+
+static void drop(struct box *b, struct sh_ref *r)
+{
+    struct sh_found held = {.pinned = true, .record = *r};
+    found_end(b, &held);
 }
 
 /* The items of a sequence, in an array of our own. */

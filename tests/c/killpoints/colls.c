@@ -123,8 +123,7 @@ static void must_have(struct scene *s, const uint8_t *has)
 }
 
 /* All of the change has happened, or nothing. That shows before the dead one's lock is taken, and
- * stays so; from then on size and order are right, too. Room may be short until the dead are
- * reaped. */
+ * stays so. Room may be short until the dead are reaped. */
 void coll_must_be_whole(struct scene *s, bool reaped)
 {
     struct sh_ctx *w = &s->witness;
@@ -134,6 +133,7 @@ void coll_must_be_whole(struct scene *s, bool reaped)
         return;
     look_up(s, has);
     CHECK(memcmp(has, s->was, MAX_ITEMS) == 0 || memcmp(has, s->will, MAX_ITEMS) == 0);
+    must_have(s, has);
     enum sh_status status = settled(w, item_put(w, &s->coll, EXTRA, EXTRA));
     CHECK(status == SH_OK || (status == SH_FULL && !reaped));
     if (status == SH_OK) {
