@@ -132,11 +132,12 @@ static int acquire(const struct sh_ctx *c, pthread_mutex_t *m, int wait_ms)
     20000 /* 75 us with the kernel's slack: a look whether the holder lives costs 2 % \
            */
 
+/* Or a word that nobody writes: it is like that of one who is dead. */
 static bool holder_is_dead(struct sh_ctx *c, uint64_t holder)
 {
     uint32_t slot = SH_SPAN_SLOT(holder);
     uint64_t now = SH_OWNER(slot, atomic_load_explicit(&sh_slot(c, slot)->incarnation, ACQ));
-    return SH_SPAN_OWNER(holder) != now || !sh_alive(c, slot);
+    return holder != (now | 1) || !sh_alive(c, slot);
 }
 
 static bool take_word(_Atomic uint64_t *lock, uint64_t from, uint64_t me)

@@ -898,6 +898,12 @@ static void lock_word_of_nobody(struct sh_ctx *c)
         atomic_store(&sh_slot(c, slot)->lock, SH_OWNER(1023, 0x7fff) | 1);
 }
 
+static void lock_word_that_is_no_holders(struct sh_ctx *c)
+{
+    uint64_t coordinator = SH_OWNER(0, atomic_load(&sh_slot(c, 0)->incarnation));
+    atomic_store(&c->slot->lock, coordinator); /* who lives; but a bit is missing */
+}
+
 static const struct damage damages[] = {
     {"a list goes in a circle", SH_FAULT_LIST, list_goes_in_a_circle},
     {"a list leads out of the table", SH_FAULT_LIST, list_leads_out_of_the_table},
@@ -924,6 +930,7 @@ static const struct damage damages[] = {
     {"a name of another generation", SH_FAULT_ROOT, name_of_another_generation},
     {"more names than there are", SH_FAULT_NAMES, more_names_than_there_are},
     {"a lock word of nobody", SH_FAULT_NONE, lock_word_of_nobody},
+    {"a lock word that is no holder's", SH_FAULT_NONE, lock_word_that_is_no_holders},
 };
 
 static void damage_case(uint64_t number)
