@@ -181,7 +181,7 @@ struct change {
     struct sh_found *f;
 };
 
-static enum sh_status change(struct sh_ctx *c, struct sh_use *u, const struct change *one,
+static inline enum sh_status change(struct sh_ctx *c, struct sh_use *u, const struct change *one,
                              int wait_ms)
 {
     enum sh_status status;

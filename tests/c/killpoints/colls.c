@@ -1,8 +1,8 @@
 /*
  * Shared dicts and lists: what is in one before a death, and what its survivors must find.
  *
- * An item is known by one byte, of which its value is full: item i of a list, or what stands under
- * key i of a dict; 0 is none.
+ * An item is known by one byte, of which its value is full, or the block that it names: item i of a
+ * list, or what stands under key i of a dict; 0 is none.
  */
 #include "killpoints.h"
 
@@ -24,8 +24,22 @@ struct sh_value item_value(uint8_t byte)
     return (struct sh_value){.kind = 1, .nbytes = sizes[byte % 3], .bytes = bytes};
 }
 
+static uint8_t byte_of_named(struct sh_ctx *c, struct sh_found *f)
+{
+    struct sh_ref r;
+    CHECK(f->nrefs == 1 && f->pinned);
+    CHECK_OK(sh_record_ref(c, f, 0, 1000, &r));
+    uint8_t byte = r.data[0];
+    block_must_be_whole(&r, byte);
+    block_drop(c, &r);
+    block_drop(c, &f->record);
+    return byte;
+}
+
 static uint8_t byte_of(struct sh_ctx *c, struct sh_found *f)
 {
+    if (f->nrefs != 0)
+        return byte_of_named(c, f);
     struct sh_value want = item_value(f->value[0]);
     uint8_t byte = f->value[0];
     CHECK(f->kind == want.kind && f->nbytes == want.nbytes);
@@ -48,11 +62,24 @@ static bool is_list(const struct sh_use *u)
     return SH_NODE_KIND(atomic_load(&sh_coll_of(u)->head)) == SH_NODE_LIST;
 }
 
+static enum sh_status put(struct sh_ctx *c, struct sh_use *u, uint32_t i, const struct sh_value *v)
+{
+    struct sh_key k = key_of(&i);
+    return is_list(u) ? sh_list_append(c, u, v, 1000) : sh_dict_set(c, u, &k, v, false, 1000);
+}
+
 enum sh_status item_put(struct sh_ctx *c, struct sh_use *u, uint32_t i, uint8_t byte)
 {
     struct sh_value v = item_value(byte);
-    struct sh_key k = key_of(&i);
-    return is_list(u) ? sh_list_append(c, u, &v, 1000) : sh_dict_set(c, u, &k, &v, false, 1000);
+    return put(c, u, i, &v);
+}
+
+/* A value that names a block. */
+enum sh_status item_put_named(struct sh_ctx *c, struct sh_use *u, uint32_t i,
+                              const struct sh_ref *r)
+{
+    struct sh_value v = {.kind = 40, .nrefs = 1, .refs = r, .bytes = ""};
+    return put(c, u, i, &v);
 }
 
 enum sh_status item_pop(struct sh_ctx *c, struct sh_use *u, uint32_t i, struct sh_found *f)
@@ -109,6 +136,13 @@ static uint64_t iterate(struct scene *s, uint64_t stamp, const uint8_t *has)
     return seen;
 }
 
+/* The lock that users have is to be had. */
+static void lock_and_let(struct scene *s)
+{
+    CHECK(sh_coll_try(&s->witness, &s->coll) != 0);
+    CHECK(sh_coll_let(&s->witness, &s->coll));
+}
+
 static void must_have(struct scene *s, const uint8_t *has)
 {
     uint8_t now[MAX_ITEMS];
@@ -134,6 +168,7 @@ void coll_must_be_whole(struct scene *s, bool reaped)
     look_up(s, has);
     CHECK(memcmp(has, s->was, MAX_ITEMS) == 0 || memcmp(has, s->will, MAX_ITEMS) == 0);
     must_have(s, has);
+    lock_and_let(s);
     enum sh_status status = settled(w, item_put(w, &s->coll, EXTRA, EXTRA));
     CHECK(status == SH_OK || (status == SH_FULL && !reaped));
     if (status == SH_OK) {

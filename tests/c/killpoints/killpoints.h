@@ -30,7 +30,7 @@ enum {
     COMES = 2,       /* ... or becomes a user or the coordinator by the operation */
     TAKES_LEASE = 4, /* the witness's lease on scene.taken may be gone afterwards */
     MAX_KEPT = 64,
-    MAX_ITEMS = 20
+    MAX_ITEMS = 160
 };
 
 struct scene;
@@ -74,6 +74,7 @@ struct sh_value item_value(uint8_t byte);
 enum sh_status item_put(struct sh_ctx *, struct sh_use *, uint32_t i, uint8_t byte);
 enum sh_status item_pop(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
 enum sh_status item_get(struct sh_ctx *, struct sh_use *, uint32_t i, struct sh_found *);
+enum sh_status item_put_named(struct sh_ctx *, struct sh_use *, uint32_t i, const struct sh_ref *);
 void coll_make(struct scene *, bool list, uint32_t n);
 void coll_must_be_whole(struct scene *, bool reaped);
 void coll_end(struct scene *);

@@ -508,7 +508,8 @@ static void drop_a_slice(struct scene *s)
 
 #define NEW  200u
 #define FEW  5u
-#define FULL 8u /* as many as the first body has room for */
+#define FULL 8u   /* as many as the first body has room for */
+#define MANY 155u /* as many as a list's has room for that is copied in two slices */
 
 static void dict_to_add(struct scene *s)
 {
@@ -524,6 +525,52 @@ static void dict_to_delete(struct scene *s)
 {
     coll_make(s, false, FEW);
     s->will[2] = 0;
+}
+static void dict_to_pop_last(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    s->will[FEW - 1] = 0;
+}
+/* Key 2 stands for a value that names a block. */
+static void dict_that_names(struct scene *s)
+{
+    coll_make(s, false, FEW);
+    struct sh_ref r = filled(W, 700, NEW + 2);
+    CHECK_OK(item_put_named(W, &s->coll, 2, &r));
+    block_drop(W, &r);
+    s->was[2] = NEW + 2;
+    s->will[2] = NEW;
+}
+static void list_that_names(struct scene *s)
+{
+    coll_make(s, true, FEW - 1);
+    struct sh_ref r = filled(W, 700, NEW + 2);
+    CHECK_OK(item_put_named(W, &s->coll, FEW - 1, &r));
+    block_drop(W, &r);
+    s->was[FEW - 1] = NEW + 2;
+}
+/* A table of two slices, nearly all of whose keys were deleted: the next key makes a small one. Of
+ * fewer places, where there is no room. */
+static void dict_to_shrink(struct scene *s)
+{
+    struct sh_found f;
+    uint32_t n = FEW;
+    dict_to_add(s);
+    while (n < 256 && pages_left(s) > ROOM / 2 && item_put(W, &s->coll, 1000 + n, 1) == SH_OK)
+        n++;
+    while (n-- > FEW)
+        CHECK_OK(item_pop(W, &s->coll, 1000 + n, &f));
+    CHECK_OK(sh_use_end(W, &s->coll, 1000));
+}
+static void dict_held_by_dead(struct scene *s)
+{
+    struct sh_ctx dead;
+    struct sh_use u = {0};
+    coll_make(s, false, FEW);
+    arena_join(&dead, s->fd);
+    CHECK_OK(handle_open(&dead, &s->taken, &u.coll));
+    CHECK(sh_coll_try(&dead, &u) == 1);
+    arena_die(&dead);
 }
 static void dict_to_grow(struct scene *s)
 {
@@ -549,6 +596,12 @@ static void list_to_grow(struct scene *s)
 {
     coll_make(s, true, FULL);
     s->will[FULL] = NEW;
+}
+static void list_to_grow_far(struct scene *s)
+{
+    coll_make(s, true, MANY);
+    s->will[MANY] = NEW;
+    CHECK_OK(sh_use_end(W, &s->coll, 1000));
 }
 static void list_to_set(struct scene *s)
 {
@@ -609,6 +662,22 @@ static void open_coll_in_sweep(struct scene *s)
     open_coll(s);
     lead_for_a_moment(s, begin_sweeping);
 }
+/* With a block of its own to name, and a span for records that do. */
+static void open_to_name(struct scene *s)
+{
+    open_coll(s);
+    s->other = filled(V, 700, NEW);
+    filled(V, sizeof(struct sh_node) + 8 + sizeof(struct sh_record), 91);
+}
+static void take_lock(struct scene *s)
+{
+    CHECK(sh_coll_try(V, &s->use) != 0);
+}
+static void open_and_lock(struct scene *s)
+{
+    open_coll(s);
+    take_lock(s);
+}
 static void open_to_splice(struct scene *s)
 {
     struct sh_value v;
@@ -626,6 +695,14 @@ static void put_few(struct scene *s)
 {
     may_be_full(item_put(V, &s->use, FEW, NEW));
 }
+static void put_naming(struct scene *s)
+{
+    may_be_full(item_put_named(V, &s->use, FEW, &s->other));
+}
+static void put_many(struct scene *s)
+{
+    may_be_full(item_put(V, &s->use, MANY, NEW));
+}
 static void put_full(struct scene *s)
 {
     may_be_full(item_put(V, &s->use, FULL, NEW));
@@ -638,6 +715,15 @@ static void pop_two(struct scene *s)
 {
     struct sh_found f;
     may_be_full(item_pop(V, &s->use, 2, &f));
+}
+static void pop_last(struct scene *s)
+{
+    struct sh_found f;
+    may_be_full(sh_dict_pop_last(V, &s->use, 1000, &f));
+}
+static void let_lock(struct scene *s)
+{
+    CHECK(sh_coll_let(V, &s->use));
 }
 static void get_two(struct scene *s)
 {
@@ -920,15 +1006,24 @@ const struct op ops[] = {
     {"dict-set-new", 0, dict_to_add, open_new, put_few},
     {"dict-replace", 0, dict_to_replace, open_coll, put_two},
     {"dict-delete", 0, dict_to_delete, open_coll, pop_two},
+    {"dict-pop-last", 0, dict_to_pop_last, open_coll, pop_last},
+    {"dict-set-naming", 0, dict_to_add, open_to_name, put_naming},
+    {"dict-replace-naming", 0, dict_that_names, open_coll, put_two},
+    {"dict-shrink", 0, dict_to_shrink, open_coll, put_few},
     {"dict-grow", 0, dict_to_grow, open_coll, put_full},
     {"dict-clear", 0, dict_to_clear, open_coll, clear_dict},
     {"dict-get", 0, dict_to_get, open_new, get_two},
     {"dict-repair", 0, dict_to_repair, open_coll, put_few},
     {"list-append", 0, list_to_append, open_coll, put_few},
     {"list-grow", 0, list_to_grow, open_coll, put_full},
+    {"list-grow-far", 0, list_to_grow_far, open_coll, put_many},
+    {"list-pop-naming", 0, list_that_names, open_new, pop_two},
     {"list-set", 0, list_to_set, open_coll, set_item},
     {"list-pop", 0, list_to_pop, open_coll, pop_two},
     {"list-splice", 0, list_to_splice, open_to_splice, splice_list},
+    {"lock-take", 0, dict_to_get, open_coll, take_lock},
+    {"lock-take-over", 0, dict_held_by_dead, open_coll, take_lock},
+    {"lock-let", 0, dict_to_get, open_and_lock, let_lock},
     {"dict-grow-in-mark", 0, dict_to_grow, open_coll_in_mark, put_full},
     {"dict-replace-in-sweep", 0, dict_to_replace, open_coll_in_sweep, put_two},
     {"list-grow-in-mark", 0, list_to_grow, open_coll_in_mark, put_full},
