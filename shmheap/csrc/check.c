@@ -377,6 +377,43 @@ static enum sh_status add_cells(struct checker *k, struct holders *a, uint32_t p
     return SH_OK;
 }
 
+/* Collections. Whoever changes size or order holds the collection's lock, and changes its stamp or
+ * its body. So what was found is true if nobody had the lock before, and nothing of it changed. A
+ * death leaves the lock held: what is half done is put right by who takes it next. */
+
+static bool is_at_rest(struct checker *k, const struct sh_ref *r, uint64_t stamp, uint64_t cell)
+{
+    const struct sh_coll *coll = (const struct sh_coll *)r->data;
+    return peek_ref(&coll->body) == cell && peek_ref(&coll->stamp) == stamp &&
+           peek_ref(&coll->lock) == 0 && sh_is_live(atomic_load_explicit(r->word, ACQ), r->gen) &&
+           !is_garbage(k, r->word);
+}
+
+static const char *coll_fault(struct sh_ctx *c, struct sh_use *u)
+{
+    if (!sh_find_cell(c, u->cell, &u->body) || !sh_coll_measure(u))
+        return "its body is none";
+    return u->kind == SH_NODE_TABLE ? sh_table_fault(c, u) : sh_array_fault(u);
+}
+
+static void check_coll(struct checker *k, const struct sh_ref *r)
+{
+    const struct sh_coll *coll = (const struct sh_coll *)r->data;
+    uint32_t kind = SH_NODE_KIND(peek_ref(&coll->head));
+    if ((kind != SH_NODE_DICT && kind != SH_NODE_LIST) || r->nbytes < sizeof *coll)
+        return;
+    uint64_t stamp = peek_ref(&coll->stamp);
+    bool dict = kind == SH_NODE_DICT;
+    struct sh_use u = {.coll = *r, .cell = peek_ref(&coll->body)};
+    u.kind = dict ? SH_NODE_TABLE : SH_NODE_ARRAY;
+    if (u.cell == 0 || !is_at_rest(k, r, stamp, u.cell))
+        return; /* being made, or changed */
+    const char *fault = coll_fault(k->c, &u);
+    if (fault != NULL && is_at_rest(k, r, stamp, u.cell))
+        wrong(k, "I-1", "the shared %s of word %llu: %s", dict ? "dict" : "list",
+              (unsigned long long)sh_word_number(k->c, r->word), fault);
+}
+
 static enum sh_status add_refs(struct checker *k, struct holders *a, uint32_t page,
                                const _Atomic uint64_t *word)
 {
@@ -386,12 +423,16 @@ static enum sh_status add_refs(struct checker *k, struct holders *a, uint32_t pa
         return SH_OK;
     const struct sh_node *n = (const struct sh_node *)r.data;
     uint64_t head = peek_ref(&n->head);
-    bool fits = sh_node_fits(head, sh_block_bytes(k->c, &r, w));
+    r.gen = SH_GEN(w);
+    r.nbytes = sh_block_bytes(k->c, &r, w);
+    bool fits = sh_node_fits(head, r.nbytes);
     if (!sh_is_node(atomic_load_explicit(word, ACQ), SH_GEN(w)))
         return SH_OK;
     if (!fits)
         wrong(k, "I-6", "the node of word %llu has %u references, more than bytes",
               (unsigned long long)sh_word_number(k->c, word), SH_NODE_NREFS(head));
+    if (fits)
+        check_coll(k, &r);
     for (uint32_t i = 0; fits && i < SH_NODE_NREFS(head); i++) {
         struct holder h = {.at = &n->ref[i], .page = page, .node = word, .gen = SH_GEN(w)};
         if (!look_at(k, a, h, "reference"))

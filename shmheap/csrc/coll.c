@@ -19,25 +19,30 @@
  */
 #include "core.h"
 
-static uint64_t body_bytes(const struct sh_use *u, uint32_t kind)
+static uint64_t body_bytes(const struct sh_use *u)
 {
-    uint64_t tail = kind == SH_NODE_TABLE ? sizeof(struct sh_table) : sizeof(struct sh_array);
-    return sizeof(struct sh_node) + 8 * u->room + tail +
-           (kind == SH_NODE_TABLE ? 8 * (u->mask + 1) : 0);
+    bool table = u->kind == SH_NODE_TABLE;
+    uint64_t tail = table ? sizeof(struct sh_table) : sizeof(struct sh_array);
+    return sizeof(struct sh_node) + 8 * u->room + tail + (table ? 8 * (u->mask + 1) : 0);
 }
 
-/* Reads once, and checks, how large the body is. */
+/* Reads once, and checks, what the body is, and how large. */
 bool sh_coll_measure(struct sh_use *u)
 {
     uint64_t head = atomic_load_explicit(&sh_body(u)->head, RLX);
-    uint32_t kind = SH_NODE_KIND(head);
-    if ((kind != SH_NODE_TABLE && kind != SH_NODE_ARRAY) || !sh_node_fits(head, u->body.nbytes))
+    if (SH_NODE_KIND(head) != u->kind || !sh_node_fits(head, u->body.nbytes))
         return false;
     u->room = SH_NODE_NREFS(head);
     u->tail = &sh_body(u)->ref[u->room];
     for (u->mask = 1; u->mask + 1 < 2 * u->room;)
         u->mask = 2 * u->mask + 1;
-    return body_bytes(u, kind) <= u->body.nbytes;
+    return body_bytes(u) <= u->body.nbytes;
+}
+
+static uint32_t body_kind(const struct sh_use *u)
+{
+    uint64_t head = atomic_load_explicit(&sh_coll_of(u)->head, RLX);
+    return SH_NODE_KIND(head) == SH_NODE_DICT ? SH_NODE_TABLE : SH_NODE_ARRAY;
 }
 
 /* Locked. SH_SLOW: no pin is free. */
@@ -45,8 +50,10 @@ static enum sh_status see_body(struct sh_ctx *c, struct sh_use *u)
 {
     struct sh_ref r;
     uint64_t cell = atomic_load_explicit(&sh_coll_of(u)->body, ACQ), again;
-    if (cell == u->cell)
+    if (cell == u->cell && cell != 0)
         return SH_OK;
+    if (u->cell == 0)
+        u->kind = body_kind(u);
     while (!sh_hold_cell(c, cell, &r)) {
         again = cell;
         cell = atomic_load_explicit(&sh_coll_of(u)->body, ACQ);
@@ -233,8 +240,8 @@ enum sh_status sh_coll_size(struct sh_ctx *c, struct sh_use *u, int wait_ms, uin
     enum sh_status status = sh_coll_enter(c, u, wait_ms);
     if (status != SH_OK)
         return status;
-    bool table = SH_NODE_KIND(atomic_load_explicit(&sh_body(u)->head, RLX)) == SH_NODE_TABLE;
-    *n = table ? sh_coll_live(u) : atomic_load_explicit(&((struct sh_array *)u->tail)->len, ACQ);
+    *n = u->kind == SH_NODE_TABLE ? sh_coll_live(u)
+                                  : atomic_load_explicit(&((struct sh_array *)u->tail)->len, ACQ);
     *stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ);
     return sh_coll_leave(c, SH_OK);
 }

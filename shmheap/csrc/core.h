@@ -397,6 +397,10 @@ enum sh_status sh_each_cell(struct sh_ctx *, uint32_t page, uint64_t span, sh_se
 bool sh_has_cells(uint64_t span);
 bool sh_node_head(const struct sh_ctx *, const struct sh_ref *, uint64_t w, uint64_t *head);
 
+/* table.c, list.c: for the check. Locked */
+const char *sh_table_fault(struct sh_ctx *, const struct sh_use *);
+const char *sh_array_fault(const struct sh_use *);
+
 /* roots.c */
 uint64_t sh_root_cell(const struct sh_ctx *, uint32_t entry);
 enum sh_status sh_names_lock(struct sh_ctx *, int wait_ms);

@@ -182,7 +182,7 @@ struct change {
 };
 
 static inline enum sh_status change(struct sh_ctx *c, struct sh_use *u, const struct change *one,
-                             int wait_ms)
+                                    int wait_ms)
 {
     enum sh_status status;
     uint32_t tries = 0;
@@ -434,7 +434,7 @@ enum sh_status sh_list_stage_new(struct sh_ctx *c, uint64_t room, int wait_ms, s
 
 static struct sh_use use_of(const struct sh_ref *array)
 {
-    struct sh_use u = {.body = *array};
+    struct sh_use u = {.body = *array, .kind = SH_NODE_ARRAY};
     sh_coll_measure(&u);
     return u;
 }
@@ -527,4 +527,17 @@ enum sh_status sh_list_splice(struct sh_ctx *c, struct sh_use *u, const struct s
         status = status == SH_OK ? retired : status;
     }
     return status;
+}
+
+/* What is wrong with the books of an array that nobody changes, or NULL. For the check. */
+const char *sh_array_fault(const struct sh_use *u)
+{
+    if (atomic_load_explicit(&tail(u)->len, ACQ) > u->room)
+        return "it is longer than its array";
+    for (uint64_t i = 0; i < len_of(u); i++) {
+        uint64_t item = atomic_load_explicit(item_at(u, i), ACQ);
+        if (item == 0 || item & SH_REF_FROZEN)
+            return "an item is missing";
+    }
+    return NULL;
 }

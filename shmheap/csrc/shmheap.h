@@ -205,6 +205,7 @@ enum sh_status sh_record_ref(struct sh_ctx *, const struct sh_found *, uint32_t 
 struct sh_use {
     struct sh_ref coll, body;
     uint64_t cell; /* what names the body in the collection; 0: none seen yet */
+    uint32_t kind; /* of the body: enum sh_node_kind */
     uint64_t room; /* places of the body */
     void *tail;    /* struct sh_table or sh_array */
     uint64_t mask; /* of a table's index */

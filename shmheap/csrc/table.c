@@ -296,7 +296,7 @@ static enum sh_status fill(struct sh_ctx *c, const struct sh_use *old, const str
 static enum sh_status move_into(struct sh_ctx *c, struct sh_use *u, struct sh_ref *fresh,
                                 bool empty)
 {
-    struct sh_use new = {.body = *fresh};
+    struct sh_use new = {.body = *fresh, .kind = SH_NODE_TABLE};
     sh_coll_measure(&new);
     enum sh_status status = fill(c, u, &new, empty);
     if (status == SH_OK)
@@ -519,4 +519,69 @@ enum sh_status sh_dict_next(struct sh_ctx *c, struct sh_use *u, uint64_t *place,
         status = sh_coll_leave(c, status);
     } while (sh_coll_again(c, wait_ms, &status, &tries));
     return status;
+}
+
+/* The check's. Nobody changes size or order; values may be replaced */
+
+/* Whether the key at a place is found by the i-th entry of the index, the last of a run of so many.
+ */
+static bool is_found_by(struct sh_ctx *c, const struct sh_use *u, uint64_t i, uint64_t run)
+{
+    uint64_t at = atomic_load_explicit(&tail(u)->index[i & u->mask], ACQ);
+    struct spot s = {.place = SH_LO(at) - 1};
+    bool there;
+    do {
+        s.cell = atomic_load_explicit(place_at(u, s.place), ACQ);
+        there = look_at(c, &s);
+    } while (!unchanged(u, &s));
+    return there && SH_HI(at) == (uint32_t)(s.look.hash >> 32) &&
+           ((i - s.look.hash) & u->mask) < run;
+}
+
+/* Entries, and those of them that lead to a key. NULL, or what is wrong. */
+static const char *index_fault(struct sh_ctx *c, const struct sh_use *u, uint64_t *entries,
+                               uint64_t *keys)
+{
+    uint64_t first = 0, run = 0, i;
+    while (first <= u->mask && atomic_load_explicit(&tail(u)->index[first], ACQ) != 0)
+        first++;
+    for (i = first; i < first + u->mask + 1; i++) { /* no run goes over its end */
+        uint64_t at = atomic_load_explicit(&tail(u)->index[i & u->mask], ACQ);
+        run = at == 0 ? 0 : run + 1;
+        *entries += at != 0;
+        if (at == 0)
+            continue;
+        if (SH_LO(at) == 0 || SH_LO(at) > used_of(u))
+            return "its index leads to a place that is not used";
+        if (atomic_load_explicit(place_at(u, SH_LO(at) - 1), ACQ) == 0)
+            continue;
+        if (!is_found_by(c, u, i, run))
+            return "its index does not find a key";
+        ++*keys;
+    }
+    return NULL;
+}
+
+/* What is wrong with the books of a table, or NULL. Locked. Cost: reads all of it. */
+const char *sh_table_fault(struct sh_ctx *c, const struct sh_use *u)
+{
+    uint64_t used = atomic_load_explicit(&tail(u)->used, ACQ), there = 0, entries = 0, keys = 0;
+    uint64_t last = atomic_load_explicit(&tail(u)->last, ACQ);
+    if (used > u->room)
+        return "it uses more places than it has";
+    for (uint64_t i = 0; i < u->room; i++) {
+        uint64_t place = atomic_load_explicit(place_at(u, i), ACQ);
+        if (place != 0 && (i >= used || i >= last))
+            return "a key is at a place behind the last one";
+        if (place & SH_REF_FROZEN)
+            return "a place is frozen";
+        there += place != 0;
+    }
+    const char *fault = index_fault(c, u, &entries, &keys);
+    if (fault != NULL)
+        return fault;
+    if (entries != used || keys != there)
+        return "its index has not one entry for each place";
+    return atomic_load_explicit(&tail(u)->live, ACQ) != there ? "its number of keys is wrong"
+                                                              : NULL;
 }

@@ -37,6 +37,7 @@ struct original {
     struct sh_geometry geo;
     struct handle handle[HANDLES];
     uint32_t nhandles;
+    struct extent part[6]; /* of the collections: node, body and a record of each */
 };
 
 static struct original original;
@@ -87,6 +88,52 @@ static void name_some(struct sh_ctx *c)
         CHECK_OK(sh_root_clear(c, name, name_of(i, name), 1000));
 }
 
+/* A dict and a list, each under a name, of ITEMS numbers, a third of which are texts. */
+
+#define ITEMS 20u
+
+static struct sh_key key_of(const uint32_t *number)
+{
+    return (struct sh_key){.hash = sh_hash(number, 4, 0), .kind = 3, .nbytes = 4, .bytes = number};
+}
+
+static struct sh_value value_of(const uint32_t *number)
+{
+    static const uint8_t text[300];
+    if (*number % 3 == 0)
+        return (struct sh_value){.kind = 5, .nbytes = sizeof text, .bytes = text};
+    return (struct sh_value){.kind = 3, .nbytes = 4, .bytes = number};
+}
+
+static struct extent part_at(struct sh_ctx *c, const struct sh_ref *r)
+{
+    return (struct extent){.off = (uint64_t)(r->data - c->base), .bytes = r->nbytes};
+}
+
+static void collect_some(struct sh_ctx *c, bool list)
+{
+    struct sh_use u = {0};
+    struct sh_ref record;
+    CHECK_OK((list ? sh_list_new : sh_dict_new)(c, 1000, &u.coll));
+    CHECK_OK(sh_root_set(c, list ? "list" : "dict", 4, &u.coll, 1000));
+    for (uint32_t i = 0; i < ITEMS; i++) {
+        struct sh_key k = key_of(&i);
+        struct sh_value v = value_of(&i);
+        enum sh_status status =
+            list ? sh_list_append(c, &u, &v, 1000) : sh_dict_set(c, &u, &k, &v, false, 1000);
+        CHECK(status == SH_OK || status == SH_DEFERRED);
+    }
+    CHECK_OK(sh_enter(c, 1000));
+    CHECK(sh_find_cell(c, atomic_load(&sh_body(&u)->ref[3]), &record)); /* a text */
+    sh_leave(c);
+    struct extent *part = &original.part[3 * list];
+    part[0] = part_at(c, &u.coll);
+    part[1] = part_at(c, &u.body);
+    part[2] = part_at(c, &record);
+    CHECK_OK(sh_use_end(c, &u, 1000));
+    block_drop(c, &u.coll);
+}
+
 static void keep_extents(int fd)
 {
     off_t at = 0, end;
@@ -113,6 +160,8 @@ static void make_original(void)
     populate(&a, &b, 1);
     populate(&gone, &a, 2);
     name_some(&a);
+    collect_some(&a, false);
+    collect_some(&a, true);
     arena_die(&gone);
     reap_dead(&lead, UINT64_MAX);
     collect(&lead);
@@ -235,6 +284,75 @@ static void use_names(struct heap *h)
     }
 }
 
+static void found(struct heap *h, struct sh_found *f)
+{
+    static uint8_t sink;
+    for (uint32_t i = 0; i < f->nbytes; i++)
+        sink ^= f->value[i];
+    if (f->pinned)
+        note(h, sh_unpin(&h->p, &f->record, 1));
+}
+
+static void use_dict(struct heap *h, struct sh_use *u)
+{
+    uint64_t n, stamp, place = 0;
+    struct sh_found f;
+    note(h, sh_coll_size(&h->p, u, 1, &n, &stamp));
+    for (uint32_t i = 0; i < 2 * ITEMS; i++)
+        if (note(h, sh_dict_next(&h->p, u, &place, stamp, 1, &f)) == SH_OK)
+            found(h, &f);
+    for (uint32_t i = 0; i < 2 * ITEMS; i++) {
+        struct sh_key k = key_of(&i);
+        struct sh_value v = value_of(&i);
+        if (note(h, sh_dict_get(&h->p, u, &k, 1, &f)) == SH_OK)
+            found(h, &f);
+        if (i % 2)
+            note(h, sh_dict_set(&h->p, u, &k, &v, i % 4 == 1, 1));
+        else
+            note(h, sh_dict_pop(&h->p, u, &k, 1, NULL));
+    }
+    if (note(h, sh_dict_pop_last(&h->p, u, 1, &f)) == SH_OK)
+        found(h, &f);
+}
+
+static void use_list(struct heap *h, struct sh_use *u)
+{
+    struct sh_copy copy = {.stop = INT64_MAX};
+    struct sh_splice part = {.start = 2, .stop = 4};
+    struct sh_found f;
+    uint64_t n;
+    note(h, sh_list_copy(&h->p, u, &copy, 1));
+    while (sh_copy_next(&copy, &f))
+        found(h, &f);
+    free(copy.bytes);
+    note(h, sh_coll_size(&h->p, u, 1, &n, &part.stamp));
+    note(h, sh_list_splice(&h->p, u, &part, 1));
+    for (uint32_t i = 0; i < 2 * ITEMS; i++) {
+        struct sh_value v = value_of(&i);
+        if (note(h, sh_list_get(&h->p, u, i, 1, &f)) == SH_OK)
+            found(h, &f);
+        note(h, i % 2 ? sh_list_append(&h->p, u, &v, 1) : sh_list_set(&h->p, u, i, &v, 1));
+    }
+    if (note(h, sh_list_pop(&h->p, u, 1, &f)) == SH_OK)
+        found(h, &f);
+}
+
+static void use_colls(struct heap *h)
+{
+    for (uint32_t list = 0; list < 2; list++) {
+        struct sh_use u = {0};
+        if (note(h, sh_root_get(&h->p, list ? "list" : "dict", 4, 1, &u.coll)) != SH_OK)
+            continue;
+        must_lie_inside(h, &u.coll);
+        uint64_t head = atomic_load(&((struct sh_node *)u.coll.data)->head);
+        if (u.coll.nbytes >= sizeof(struct sh_coll) &&
+            SH_NODE_KIND(head) == (list ? SH_NODE_LIST : SH_NODE_DICT))
+            (list ? use_list : use_dict)(h, &u);
+        note(h, sh_use_end(&h->p, &u, 1));
+        note(h, sh_unpin(&h->p, &u.coll, 1));
+    }
+}
+
 static void use_holds(struct heap *h)
 {
     struct sh_ref r;
@@ -323,6 +441,7 @@ static void work(struct heap *h)
         use_blocks(h);
         use_handles(h);
         use_names(h);
+        use_colls(h);
         use_holds(h);
         drop_holds(h, 4);
     }
@@ -366,7 +485,7 @@ struct area {
 };
 
 enum {
-    AREAS = 12
+    AREAS = 18
 };
 
 static uint32_t areas(struct area area[AREAS])
@@ -385,6 +504,8 @@ static uint32_t areas(struct area area[AREAS])
     area[n++] = (struct area){g->units, pages << (g->page_shift - g->unit_shift) << 2};
     for (uint32_t t = 0; t < SH_NTIERS; t++)
         area[n++] = (struct area){g->words[t], pages << (g->page_shift - 1 - 2 * t)};
+    for (uint32_t i = 0; i < 6; i++)
+        area[n++] = (struct area){original.part[i].off, original.part[i].bytes};
     CHECK(n == AREAS);
     return (uint32_t)n;
 }

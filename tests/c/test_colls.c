@@ -672,6 +672,130 @@ static void test_a_dict_is_counted_after_a_death(void)
     }
 }
 
+/* Books that are wrong: the check says so, and of which collection. */
+
+static struct sh_table *table_of(struct sh_use *u)
+{
+    return u->tail;
+}
+
+static _Atomic uint64_t *ref_of(struct sh_use *u, uint32_t i)
+{
+    return &sh_body(u)->ref[i];
+}
+
+/* The word that has it, of those of the index; 0: a free one. */
+static _Atomic uint64_t *entry_of(struct sh_use *u, uint32_t place_1)
+{
+    uint64_t i = 0;
+    while (SH_LO(atomic_load(&table_of(u)->index[i])) != place_1)
+        i++;
+    return &table_of(u)->index[i];
+}
+
+static _Atomic uint64_t *used(struct sh_use *u)
+{
+    return &table_of(u)->used;
+}
+static _Atomic uint64_t *live(struct sh_use *u)
+{
+    return &table_of(u)->live;
+}
+static _Atomic uint64_t *last(struct sh_use *u)
+{
+    return &table_of(u)->last;
+}
+static _Atomic uint64_t *entry_3(struct sh_use *u)
+{
+    return entry_of(u, 3);
+}
+static _Atomic uint64_t *free_entry(struct sh_use *u)
+{
+    return entry_of(u, 0);
+}
+static _Atomic uint64_t *place_2(struct sh_use *u)
+{
+    return ref_of(u, 2);
+}
+static _Atomic uint64_t *place_20(struct sh_use *u)
+{
+    return ref_of(u, 20);
+}
+static _Atomic uint64_t *head(struct sh_use *u)
+{
+    return &sh_body(u)->head;
+}
+static _Atomic uint64_t *body(struct sh_use *u)
+{
+    return &sh_coll_of(u)->body;
+}
+static _Atomic uint64_t *len(struct sh_use *u)
+{
+    return &((struct sh_array *)u->tail)->len;
+}
+
+struct damage {
+    bool list;
+    _Atomic uint64_t *(*at)(struct sh_use *);
+    uint64_t to, add; /* added if `to` is 0 */
+    const char *found;
+};
+
+static const struct damage damages[] = {
+    {false, used, 1000, 0, "uses more places"},
+    {false, used, 0, 1, "not one entry for each place"},
+    {false, used, 0, -1ull, "behind the last one"},
+    {false, last, 0, -1ull, "behind the last one"},
+    {false, live, 0, 1, "number of keys"},
+    {false, live, 0, 1ull << 32, "number of keys"},
+    {false, entry_3, 1ull << 60 | 3, 0, "does not find a key"},
+    {false, entry_3, 31, 0, "not used"},
+    {false, free_entry, 3, 0, "does not find a key"},
+    {false, place_2, 0, SH_REF_FROZEN, "frozen"},
+    {false, place_20, SH_REF_VALUE, 0, "behind the last one"},
+    {false, head, SH_NODE_HEAD(SH_NODE_ARRAY, 32), 0, "is none"},
+    {false, head, SH_NODE_HEAD(SH_NODE_RECORD, 32), 0, "is none"},
+    {false, body, SH_REF_VALUE, 0, "is none"},
+    {true, len, 1000, 0, "longer than its array"},
+    {true, len, 0, 1, "missing"},
+    {true, head, SH_NODE_HEAD(SH_NODE_TABLE, 4), 0, "is none"},
+};
+
+struct finding {
+    const char *want;
+    uint32_t n;
+};
+
+static void look_for(void *arg, const char *invariant, const char *what)
+{
+    struct finding *f = arg;
+    f->n += strcmp(invariant, "I-1") == 0 && strstr(what, f->want) != NULL;
+}
+
+static void test_wrong_books(void)
+{
+    for (uint32_t i = 0; i < sizeof damages / sizeof *damages; i++) {
+        const struct damage *d = &damages[i];
+        struct scene *s = scene_new(d->list);
+        uint32_t numbers[20];
+        for (uint32_t key = 0; key < 20 && !d->list; key++)
+            dict_put(&s->c, &s->of_c, key, 1);
+        if (d->list)
+            list_fill(&s->c, &s->of_c, numbers, 20);
+        _Atomic uint64_t *at = d->at(&s->of_c);
+        uint64_t was = atomic_load(at);
+        struct finding f = {.want = d->found};
+        atomic_store(at, d->to ? d->to : was + d->add);
+        CHECK_OK(sh_check(&s->witness, look_for, &f));
+        if (f.n == 0)
+            fprintf(stderr, "not found: %s\n", d->found);
+        CHECK(f.n == 1);
+        atomic_store(at, was);
+        must_be_sound(&s->lead, EXACT_COUNTS);
+        scene_end(s);
+    }
+}
+
 /* The lock that users have outlives nobody. */
 static void test_a_lock_whose_holder_died(void)
 {
@@ -702,6 +826,7 @@ int main(void)
         {"a_dead_ones_lock_is_taken_without_room", test_a_dead_ones_lock_is_taken_without_room},
         {"a_list_is_copied_without_room", test_a_list_is_copied_without_room},
         {"a_dict_is_counted_after_a_death", test_a_dict_is_counted_after_a_death},
+        {"wrong_books", test_wrong_books},
         {"a_lock_whose_holder_died", test_a_lock_whose_holder_died},
     };
     return test_main("colls", tests, sizeof tests / sizeof tests[0]);
