@@ -485,15 +485,18 @@ enum sh_status sh_dict_pop_last(struct sh_ctx *c, struct sh_use *u, int wait_ms,
 
 /* Iterating */
 
+/* The place behind the last one may be a key's already: it is from the index on. */
 static enum sh_status next(struct sh_ctx *c, struct sh_use *u, uint64_t *place, struct sh_found *f)
 {
-    for (uint64_t used = used_of(u); *place < used; ++*place) {
+    for (uint64_t used = used_of(u); *place <= used && *place < u->room; ++*place) {
         struct spot s = {.place = *place};
         s.cell = atomic_load_explicit(place_at(u, *place), ACQ) & ~SH_REF_FROZEN;
         if (s.cell == 0)
             continue;
         if (!look_at(c, &s))
             return SH_AGAIN;
+        if (*place == used && !is_indexed(u, s.look.hash, *place))
+            break;
         enum sh_status status = found(c, u, &s, f);
         *place += status == SH_OK;
         return status;

@@ -445,13 +445,23 @@ static void change_list(void *arg)
     done(&s->c, sh_list_splice(&s->c, &s->of_c, &part, 1000));
 }
 
+static uint64_t keys_met(struct sh_ctx *c, struct sh_use *u, uint64_t stamp)
+{
+    struct sh_found f;
+    uint64_t place = 0, met = 0;
+    for (; got(sh_dict_next(c, u, &place, stamp, 1000, &f), c) == SH_OK; met++)
+        if (f.pinned)
+            block_drop(c, &f.record);
+    return met;
+}
+
 /* Who lives on finds a whole dict: each key has its old value or its new one. */
 static void dict_must_be_whole(struct scene *s)
 {
     struct sh_ctx *c = &s->witness;
     struct sh_use *u = &s->of_witness;
     struct sh_found f;
-    uint64_t n, stamp, place = 0, seen = 0;
+    uint64_t n, stamp;
     for (uint32_t key = 0; key < 40; key++) { /* takes the lock of the dead */
         struct sh_key k = key_of(&key);
         enum sh_status status = got(sh_dict_get(c, u, &k, 1000, &f), c);
@@ -460,12 +470,7 @@ static void dict_must_be_whole(struct scene *s)
     dict_put(c, u, 77, 5);
     CHECK(dict_number(c, u, 77, 5) == 5);
     done(c, sh_coll_size(c, u, 1000, &n, &stamp));
-    while ((got(sh_dict_next(c, u, &place, stamp, 1000, &f), c)) == SH_OK) {
-        if (f.pinned)
-            block_drop(c, &f.record);
-        seen++;
-    }
-    CHECK(seen == n);
+    CHECK(keys_met(c, u, stamp) == n);
     while (got(sh_dict_pop_last(c, u, 1000, &f), c) == SH_OK)
         if (f.pinned)
             block_drop(c, &f.record);
@@ -668,6 +673,7 @@ static void test_a_dict_is_counted_after_a_death(void)
             there += dict_number(&s->witness, &s->of_witness, key, 1);
         done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
         CHECK(n == there && n == deaths[i].n);
+        CHECK(keys_met(&s->witness, &s->of_witness, stamp) == n);
         scene_end(s);
     }
 }
