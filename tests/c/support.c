@@ -749,3 +749,25 @@ void nothing_must_be_left(struct sh_ctx *lead)
     CHECK(sh_committed_units(lead) == 0);
     counters_must_be(lead, 0, 0);
 }
+
+struct stage *stage_new(uint64_t capacity, uint64_t limit_bytes)
+{
+    struct stage *s = calloc(1, sizeof *s);
+    s->fd = arena_new(capacity, limit_bytes);
+    arena_lead(&s->lead, s->fd);
+    arena_join(&s->a, s->fd);
+    arena_join(&s->b, s->fd);
+    return s;
+}
+
+void stage_end(struct stage *s)
+{
+    if (s->a.slot != NULL)
+        arena_leave(&s->a);
+    if (s->b.slot != NULL)
+        arena_leave(&s->b);
+    nothing_must_be_left(&s->lead);
+    arena_leave(&s->lead);
+    close(s->fd);
+    free(s);
+}

@@ -114,4 +114,13 @@ uint64_t live_blocks(struct sh_ctx *);
 void kernel_must_agree(struct sh_ctx *);
 void nothing_must_be_left(struct sh_ctx *lead); /* after the last user */
 
+/* Two processes and a coordinator. At the end those that have not died leave, and nothing is left.
+ */
+struct stage {
+    int fd;
+    struct sh_ctx a, b, lead;
+};
+struct stage *stage_new(uint64_t capacity, uint64_t limit_bytes);
+void stage_end(struct stage *);
+
 #endif

@@ -7,44 +7,6 @@
 #include <string.h>
 #include <unistd.h>
 
-/* One process, or two, and a coordinator; quiet at the end */
-struct stage {
-    int fd;
-    struct sh_ctx a, b, lead;
-};
-
-static struct stage *stage_new(uint64_t capacity, uint64_t limit)
-{
-    struct stage *s = calloc(1, sizeof *s);
-    s->fd = arena_new(capacity, limit);
-    arena_lead(&s->lead, s->fd);
-    arena_join(&s->a, s->fd);
-    arena_join(&s->b, s->fd);
-    return s;
-}
-
-/* Everybody leaves; nothing must be left. */
-static void stage_end(struct stage *s)
-{
-    if (s->a.slot != NULL)
-        arena_leave(&s->a);
-    if (s->b.slot != NULL)
-        arena_leave(&s->b);
-    reap_dead(&s->lead, UINT64_MAX);
-    collect(&s->lead);
-    collect(&s->lead);
-    release_all(&s->lead);
-    must_be_empty(&s->lead);
-    must_be_sound(&s->lead, EXACT_COUNTS);
-    kernel_must_agree(&s->lead);
-    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
-    CHECK(sh_committed_units(&s->lead) == 0);
-    counters_must_be(&s->lead, 0, 0);
-    arena_leave(&s->lead);
-    close(s->fd);
-    free(s);
-}
-
 static bool all_are(const struct sh_ref *r, uint8_t value)
 {
     for (uint64_t i = 0; i < r->nbytes; i++)

@@ -5,30 +5,26 @@
 #include "support.h"
 
 #include <string.h>
-#include <unistd.h>
 
 #define KEYS 300u
 
+/* Process a is the one that may die, b the witness. */
 struct scene {
-    int fd;
-    struct sh_ctx witness, c, lead;
-    struct sh_use of_witness, of_c;
-    bool list;
+    struct stage *stage;
+    struct sh_ctx *c, *witness, *lead;
+    struct sh_use of_c, of_witness;
 };
 
 static struct scene *scene_new(bool list)
 {
     struct scene *s = calloc(1, sizeof *s);
-    struct sh_ref coll;
-    s->fd = arena_new(64 << 20, NO_LIMIT);
-    s->list = list;
-    arena_lead(&s->lead, s->fd);
-    arena_join(&s->witness, s->fd);
-    arena_join(&s->c, s->fd);
-    CHECK_OK((list ? sh_list_new : sh_dict_new)(&s->witness, 1000, &coll));
-    s->of_witness = (struct sh_use){.coll = coll};
-    struct handle h = handle_of(&s->witness, &coll);
-    CHECK_OK(handle_open(&s->c, &h, &s->of_c.coll));
+    s->stage = stage_new(64 << 20, NO_LIMIT);
+    s->c = &s->stage->a;
+    s->witness = &s->stage->b;
+    s->lead = &s->stage->lead;
+    CHECK_OK((list ? sh_list_new : sh_dict_new)(s->witness, 1000, &s->of_witness.coll));
+    struct handle h = handle_of(s->witness, &s->of_witness.coll);
+    CHECK_OK(handle_open(s->c, &h, &s->of_c.coll));
     return s;
 }
 
@@ -39,29 +35,18 @@ static void done(struct sh_ctx *c, enum sh_status status)
     CHECK_OK(status);
 }
 
-static void leave(struct sh_ctx *c, struct sh_use *u)
+static void let_go(struct sh_ctx *c, struct sh_use *u)
 {
     done(c, sh_use_end(c, u, 1000));
     block_drop(c, &u->coll);
-    arena_leave(c);
 }
 
 static void scene_end(struct scene *s)
 {
-    if (s->c.slot != NULL)
-        leave(&s->c, &s->of_c);
-    leave(&s->witness, &s->of_witness);
-    reap_dead(&s->lead, UINT64_MAX);
-    collect(&s->lead);
-    collect(&s->lead);
-    release_all(&s->lead);
-    must_be_empty(&s->lead);
-    must_be_sound(&s->lead, EXACT_COUNTS);
-    kernel_must_agree(&s->lead);
-    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
-    counters_must_be(&s->lead, 0, 0);
-    arena_leave(&s->lead);
-    close(s->fd);
+    if (s->c->slot != NULL)
+        let_go(s->c, &s->of_c);
+    let_go(s->witness, &s->of_witness);
+    stage_end(s->stage);
     free(s);
 }
 
@@ -135,7 +120,7 @@ static void test_a_dict_is_one(void)
     uint64_t n, stamp;
     for (uint64_t step = 0; step < test_scale(60000); step++) {
         bool mine = rng_below(&rng, 2);
-        struct sh_ctx *c = mine ? &s->c : &s->witness;
+        struct sh_ctx *c = mine ? s->c : s->witness;
         struct sh_use *u = mine ? &s->of_c : &s->of_witness;
         uint32_t key = rng_below(&rng, step / 5000 % 2 ? KEYS : 20), op = rng_below(&rng, 100);
         struct sh_key k = key_of(&key);
@@ -165,9 +150,9 @@ static void test_a_dict_is_one(void)
         done(c, sh_coll_size(c, u, 1000, &n, &stamp));
         CHECK(n == live);
         if (step % 5000 == 0)
-            must_be_sound(&s->lead, EXACT_COUNTS);
+            must_be_sound(s->lead, EXACT_COUNTS);
         if (step % 3000 == 0)
-            collect(&s->lead);
+            collect(s->lead);
     }
     scene_end(s);
 }
@@ -179,25 +164,25 @@ static void test_a_dict_has_an_order(void)
     struct sh_found f;
     uint64_t place = 0, n, stamp;
     for (uint32_t key = 0; key < 100; key++)
-        dict_put(&s->c, &s->of_c, key * 7 % 101, key + 1);
+        dict_put(s->c, &s->of_c, key * 7 % 101, key + 1);
     uint32_t gone = 7;
     struct sh_key k = key_of(&gone);
-    done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
-    done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
+    done(s->witness, sh_coll_size(s->witness, &s->of_witness, 1000, &n, &stamp));
     CHECK(n == 99);
     for (uint32_t i = 0; i < 100; i++) {
         if (i == 1)
             continue;
         uint32_t key;
-        done(&s->witness, sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f));
+        done(s->witness, sh_dict_next(s->witness, &s->of_witness, &place, stamp, 1000, &f));
         memcpy(&key, f.key, 4);
-        CHECK(key == i * 7 % 101 && is_value(&s->witness, &f, i + 1));
+        CHECK(key == i * 7 % 101 && is_value(s->witness, &f, i + 1));
     }
-    CHECK_IS(sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_ABSENT);
-    dict_put(&s->c, &s->of_c, 1000, 1);
-    CHECK_IS(sh_dict_next(&s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_CHANGED);
-    done(&s->witness, sh_dict_pop_last(&s->witness, &s->of_witness, 1000, &f));
-    CHECK(is_value(&s->witness, &f, 1));
+    CHECK_IS(sh_dict_next(s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_ABSENT);
+    dict_put(s->c, &s->of_c, 1000, 1);
+    CHECK_IS(sh_dict_next(s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_CHANGED);
+    done(s->witness, sh_dict_pop_last(s->witness, &s->of_witness, 1000, &f));
+    CHECK(is_value(s->witness, &f, 1));
     scene_end(s);
 }
 
@@ -205,22 +190,22 @@ static void test_a_dict_has_an_order(void)
 static void test_values_name_blocks(void)
 {
     struct scene *s = scene_new(false);
-    struct sh_ref leaf = block_new(&s->c, 5000), again;
-    struct handle h = handle_of(&s->c, &leaf);
+    struct sh_ref leaf = block_new(s->c, 5000), again;
+    struct handle h = handle_of(s->c, &leaf);
     uint32_t key = 5;
     struct sh_key k = key_of(&key);
     struct sh_value v = {.kind = 40, .nrefs = 1, .refs = &leaf, .bytes = ""};
     struct sh_found f;
-    done(&s->c, sh_dict_set(&s->c, &s->of_c, &k, &v, false, 1000));
-    block_drop(&s->c, &leaf);
-    done(&s->witness, sh_dict_get(&s->witness, &s->of_witness, &k, 1000, &f));
+    done(s->c, sh_dict_set(s->c, &s->of_c, &k, &v, false, 1000));
+    block_drop(s->c, &leaf);
+    done(s->witness, sh_dict_get(s->witness, &s->of_witness, &k, 1000, &f));
     CHECK(f.pinned && f.nrefs == 1);
-    CHECK_OK(sh_record_ref(&s->witness, &f, 0, 1000, &again));
-    block_drop(&s->witness, &f.record);
+    CHECK_OK(sh_record_ref(s->witness, &f, 0, 1000, &again));
+    block_drop(s->witness, &f.record);
     CHECK(again.nbytes == 5000);
-    block_drop(&s->witness, &again);
-    dict_put(&s->witness, &s->of_witness, key, 1);
-    CHECK_IS(handle_open(&s->c, &h, &again), SH_STALE);
+    block_drop(s->witness, &again);
+    dict_put(s->witness, &s->of_witness, key, 1);
+    CHECK_IS(handle_open(s->c, &h, &again), SH_STALE);
     scene_end(s);
 }
 
@@ -252,7 +237,7 @@ static void list_check(struct scene *s, struct sh_ctx *c, struct sh_use *u, cons
                        uint64_t n)
 {
     part_must_be(c, u, 0, INT64_MAX, want, n);
-    must_be_sound(&s->lead, EXACT_COUNTS);
+    must_be_sound(s->lead, EXACT_COUNTS);
 }
 
 static void list_splice(struct sh_ctx *c, struct sh_use *u, uint32_t *want, uint64_t *n,
@@ -291,7 +276,7 @@ static void test_a_list_is_one(void)
     struct sh_found f;
     for (uint64_t step = 0; step < test_scale(30000); step++) {
         bool mine = rng_below(&rng, 2);
-        struct sh_ctx *c = mine ? &s->c : &s->witness;
+        struct sh_ctx *c = mine ? s->c : s->witness;
         struct sh_use *u = mine ? &s->of_c : &s->of_witness;
         uint32_t op = rng_below(&rng, 100), at = n ? rng_below(&rng, (uint32_t)n) : 0;
         struct sh_value v = value_of(&number);
@@ -318,7 +303,7 @@ static void test_a_list_is_one(void)
         if (step % 2000 == 0)
             list_check(s, c, u, want, n);
         if (step % 3000 == 0)
-            collect(&s->lead);
+            collect(s->lead);
     }
     scene_end(s);
 }
@@ -328,14 +313,14 @@ static void test_parts_of_a_list(void)
     static const int64_t ends[] = {INT64_MIN, -301, -300, -2, 0, 7, 299, 300, 301, INT64_MAX};
     struct scene *s = scene_new(true);
     uint32_t want[300];
-    list_fill(&s->c, &s->of_c, want, 300);
+    list_fill(s->c, &s->of_c, want, 300);
     for (uint32_t i = 0; i < 10; i++)
         for (uint32_t k = 0; k < 10; k++) {
             int64_t from = ends[i] < -300 ? 0 : ends[i] < 0 ? ends[i] + 300 : ends[i];
             int64_t to = ends[k] < -300 ? 0 : ends[k] < 0 ? ends[k] + 300 : ends[k];
             from = from < 300 ? from : 300;
             to = to < 300 ? to : 300;
-            part_must_be(&s->c, &s->of_c, ends[i], ends[k], want + from,
+            part_must_be(s->c, &s->of_c, ends[i], ends[k], want + from,
                          to > from ? (uint64_t)(to - from) : 0);
         }
     scene_end(s);
@@ -349,7 +334,7 @@ static bool set_ends(struct scene *s)
     enum sh_status status = SH_OK;
     for (uint32_t i = 0; i < 2 && status == SH_OK; i++) {
         struct sh_value v = value_of(&numbers[i]);
-        status = sh_list_set(&s->witness, &s->of_witness, i == 0 ? 0 : -1, &v, 0);
+        status = sh_list_set(s->witness, &s->of_witness, i == 0 ? 0 : -1, &v, 0);
     }
     return status == SH_OK;
 }
@@ -369,14 +354,14 @@ static void put_thousand(void *arg)
 {
     struct scene *s = arg;
     uint32_t more[1000];
-    list_fill(&s->witness, &s->of_witness, more, 1000);
+    list_fill(s->witness, &s->of_witness, more, 1000);
 }
 
 static void copy_while(void (*act)(void *), uint32_t more)
 {
     struct scene *s = scene_new(true);
     uint32_t want[1200];
-    list_fill(&s->witness, &s->of_witness, want, 200);
+    list_fill(s->witness, &s->of_witness, want, 200);
     for (uint32_t i = 0; i < more; i++)
         want[200 + i] = i;
     if (more == 0) {
@@ -384,7 +369,7 @@ static void copy_while(void (*act)(void *), uint32_t more)
         want[199] = 1002;
     }
     at_moment("list:copying", act, s);
-    part_must_be(&s->c, &s->of_c, 0, INT64_MAX, want, 200 + more);
+    part_must_be(s->c, &s->of_c, 0, INT64_MAX, want, 200 + more);
     MOMENT_CAME("list:copying");
     scene_end(s);
 }
@@ -414,15 +399,15 @@ static void change_dict(void *arg)
     struct scene *s = arg;
     struct sh_found f;
     for (uint32_t key = 0; key < 40; key++)
-        dict_put(&s->c, &s->of_c, key, key + 1000);
+        dict_put(s->c, &s->of_c, key, key + 1000);
     for (uint32_t key = 0; key < 40; key += 3) {
         struct sh_key k = key_of(&key);
-        done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
+        done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
     }
-    done(&s->c, sh_dict_pop_last(&s->c, &s->of_c, 1000, &f));
+    done(s->c, sh_dict_pop_last(s->c, &s->of_c, 1000, &f));
     if (f.pinned)
-        block_drop(&s->c, &f.record);
-    done(&s->c, sh_dict_clear(&s->c, &s->of_c, 1000));
+        block_drop(s->c, &f.record);
+    done(s->c, sh_dict_clear(s->c, &s->of_c, 1000));
 }
 
 static void change_list(void *arg)
@@ -431,18 +416,18 @@ static void change_list(void *arg)
     struct sh_found f;
     for (uint32_t i = 0; i < 40; i++) {
         struct sh_value v = value_of(&i);
-        done(&s->c, sh_list_append(&s->c, &s->of_c, &v, 1000));
+        done(s->c, sh_list_append(s->c, &s->of_c, &v, 1000));
     }
     for (uint32_t i = 0; i < 10; i++) {
-        done(&s->c, sh_list_pop(&s->c, &s->of_c, 1000, &f));
+        done(s->c, sh_list_pop(s->c, &s->of_c, 1000, &f));
         if (f.pinned)
-            block_drop(&s->c, &f.record);
+            block_drop(s->c, &f.record);
     }
     struct sh_splice part = {.always = true, .stage = NULL};
-    done(&s->c, sh_coll_size(&s->c, &s->of_c, 1000, &part.stop, &part.stamp));
+    done(s->c, sh_coll_size(s->c, &s->of_c, 1000, &part.stop, &part.stamp));
     part.always = false;
     part.stop = 20;
-    done(&s->c, sh_list_splice(&s->c, &s->of_c, &part, 1000));
+    done(s->c, sh_list_splice(s->c, &s->of_c, &part, 1000));
 }
 
 static uint64_t keys_met(struct sh_ctx *c, struct sh_use *u, uint64_t stamp)
@@ -458,7 +443,7 @@ static uint64_t keys_met(struct sh_ctx *c, struct sh_use *u, uint64_t stamp)
 /* Who lives on finds a whole dict: each key has its old value or its new one. */
 static void dict_must_be_whole(struct scene *s)
 {
-    struct sh_ctx *c = &s->witness;
+    struct sh_ctx *c = s->witness;
     struct sh_use *u = &s->of_witness;
     struct sh_found f;
     uint64_t n, stamp;
@@ -480,7 +465,7 @@ static void dict_must_be_whole(struct scene *s)
 
 static void list_must_be_whole(struct scene *s)
 {
-    struct sh_ctx *c = &s->witness;
+    struct sh_ctx *c = s->witness;
     struct sh_use *u = &s->of_witness;
     struct sh_found f;
     uint64_t n, stamp;
@@ -508,13 +493,13 @@ static void die_everywhere(bool list, const char *const *points, uint32_t npoint
         for (uint32_t n = 1;; n += 1 + n / 8) {
             struct scene *s = scene_new(list);
             bool survived = child_survives(list ? change_list : change_dict, s, points[p], n);
-            arena_die(&s->c);
+            arena_die(s->c);
             (list ? list_must_be_whole : dict_must_be_whole)(s);
-            arena_die(&s->lead);
-            arena_lead(&s->lead, s->fd);
-            reap_dead(&s->lead, UINT64_MAX);
-            collect(&s->lead);
-            must_be_sound(&s->lead, EXACT_COUNTS);
+            arena_die(s->lead);
+            arena_lead(s->lead, s->stage->fd);
+            reap_dead(s->lead, UINT64_MAX);
+            collect(s->lead);
+            must_be_sound(s->lead, EXACT_COUNTS);
             scene_end(s);
             if (survived)
                 break;
@@ -542,21 +527,21 @@ static struct scene *half_inserted(void)
 {
     struct scene *s = scene_new(false);
     CHECK(!child_survives(change_dict, s, "dict:indexed", 3));
-    arena_die(&s->c);
+    arena_die(s->c);
     return s;
 }
 
 static void dict_must_go_on(struct scene *s, uint32_t number)
 {
     uint64_t n, stamp;
-    dict_put(&s->witness, &s->of_witness, 77, 5);
-    CHECK(dict_number(&s->witness, &s->of_witness, 77, 5) == 5);
-    CHECK(dict_number(&s->witness, &s->of_witness, 2, number) == number);
-    done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+    dict_put(s->witness, &s->of_witness, 77, 5);
+    CHECK(dict_number(s->witness, &s->of_witness, 77, 5) == 5);
+    CHECK(dict_number(s->witness, &s->of_witness, 2, number) == number);
+    done(s->witness, sh_coll_size(s->witness, &s->of_witness, 1000, &n, &stamp));
     CHECK(n == 4);
-    reap_dead(&s->lead, UINT64_MAX);
-    collect(&s->lead);
-    must_be_sound(&s->lead, EXACT_COUNTS);
+    reap_dead(s->lead, UINT64_MAX);
+    collect(s->lead);
+    must_be_sound(s->lead, EXACT_COUNTS);
 }
 
 static void replace_two(void *arg)
@@ -564,11 +549,12 @@ static void replace_two(void *arg)
     struct scene *s = arg;
     struct sh_ctx other;
     struct sh_use u = {0};
-    struct handle h = handle_of(&s->witness, &s->of_witness.coll);
-    arena_join(&other, s->fd);
+    struct handle h = handle_of(s->witness, &s->of_witness.coll);
+    arena_join(&other, s->stage->fd);
     CHECK_OK(handle_open(&other, &h, &u.coll));
     dict_put(&other, &u, 2, 9);
-    leave(&other, &u);
+    let_go(&other, &u);
+    arena_leave(&other);
 }
 
 /* Repairing took what it had read of a place for what is there: the key was overwritten by the
@@ -614,7 +600,7 @@ static void crowd_out(struct sh_ctx *c, struct crowd *all)
 static void test_a_dead_ones_lock_is_taken_without_room(void)
 {
     struct scene *s = half_inserted();
-    struct sh_ctx *w = &s->witness;
+    struct sh_ctx *w = s->witness;
     struct crowd all = crowd_in(w, &s->of_witness.coll);
     uint32_t key = 1;
     struct sh_key k = key_of(&key);
@@ -630,17 +616,17 @@ static void test_a_list_is_copied_without_room(void)
 {
     struct scene *s = scene_new(true);
     uint32_t want[1000];
-    list_fill(&s->witness, &s->of_witness, want, 1000);
-    struct crowd all = crowd_in(&s->witness, &s->of_witness.coll);
-    part_must_be(&s->witness, &s->of_witness, 0, INT64_MAX, want, 1000);
-    crowd_out(&s->witness, &all);
+    list_fill(s->witness, &s->of_witness, want, 1000);
+    struct crowd all = crowd_in(s->witness, &s->of_witness.coll);
+    part_must_be(s->witness, &s->of_witness, 0, INT64_MAX, want, 1000);
+    crowd_out(s->witness, &all);
     scene_end(s);
 }
 
 static void put_5(void *arg)
 {
     struct scene *s = arg;
-    dict_put(&s->c, &s->of_c, 5, 1);
+    dict_put(s->c, &s->of_c, 5, 1);
 }
 
 static void pop_1(void *arg)
@@ -648,7 +634,7 @@ static void pop_1(void *arg)
     struct scene *s = arg;
     uint32_t key = 1;
     struct sh_key k = key_of(&key);
-    done(&s->c, sh_dict_pop(&s->c, &s->of_c, &k, 1000, NULL));
+    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
 }
 
 /* Who asks for the number of keys does not take the lock of the dead. */
@@ -666,14 +652,14 @@ static void test_a_dict_is_counted_after_a_death(void)
         struct scene *s = scene_new(false);
         uint64_t n, stamp, there = 0;
         for (uint32_t key = 0; key < 5; key++)
-            dict_put(&s->witness, &s->of_witness, key, 1);
+            dict_put(s->witness, &s->of_witness, key, 1);
         CHECK(!child_survives(deaths[i].act, s, deaths[i].point, 1));
-        arena_die(&s->c);
+        arena_die(s->c);
         for (uint32_t key = 0; key < 6; key++)
-            there += dict_number(&s->witness, &s->of_witness, key, 1);
-        done(&s->witness, sh_coll_size(&s->witness, &s->of_witness, 1000, &n, &stamp));
+            there += dict_number(s->witness, &s->of_witness, key, 1);
+        done(s->witness, sh_coll_size(s->witness, &s->of_witness, 1000, &n, &stamp));
         CHECK(n == there && n == deaths[i].n);
-        CHECK(keys_met(&s->witness, &s->of_witness, stamp) == n);
+        CHECK(keys_met(s->witness, &s->of_witness, stamp) == n);
         scene_end(s);
     }
 }
@@ -785,19 +771,19 @@ static void test_wrong_books(void)
         struct scene *s = scene_new(d->list);
         uint32_t numbers[20];
         for (uint32_t key = 0; key < 20 && !d->list; key++)
-            dict_put(&s->c, &s->of_c, key, 1);
+            dict_put(s->c, &s->of_c, key, 1);
         if (d->list)
-            list_fill(&s->c, &s->of_c, numbers, 20);
+            list_fill(s->c, &s->of_c, numbers, 20);
         _Atomic uint64_t *at = d->at(&s->of_c);
         uint64_t was = atomic_load(at);
         struct finding f = {.want = d->found};
         atomic_store(at, d->to ? d->to : was + d->add);
-        CHECK_OK(sh_check(&s->witness, look_for, &f));
+        CHECK_OK(sh_check(s->witness, look_for, &f));
         if (f.n == 0)
             fprintf(stderr, "not found: %s\n", d->found);
         CHECK(f.n == 1);
         atomic_store(at, was);
-        must_be_sound(&s->lead, EXACT_COUNTS);
+        must_be_sound(s->lead, EXACT_COUNTS);
         scene_end(s);
     }
 }
@@ -806,12 +792,12 @@ static void test_wrong_books(void)
 static void test_a_lock_whose_holder_died(void)
 {
     struct scene *s = scene_new(false);
-    CHECK(sh_coll_try(&s->c, &s->of_c) == 1);
-    CHECK(sh_coll_try(&s->witness, &s->of_witness) == 0);
-    CHECK(!sh_coll_let(&s->witness, &s->of_witness));
-    arena_die(&s->c);
-    CHECK(sh_coll_try(&s->witness, &s->of_witness) == 2);
-    CHECK(sh_coll_let(&s->witness, &s->of_witness));
+    CHECK(sh_coll_try(s->c, &s->of_c) == 1);
+    CHECK(sh_coll_try(s->witness, &s->of_witness) == 0);
+    CHECK(!sh_coll_let(s->witness, &s->of_witness));
+    arena_die(s->c);
+    CHECK(sh_coll_try(s->witness, &s->of_witness) == 2);
+    CHECK(sh_coll_let(s->witness, &s->of_witness));
     scene_end(s);
 }
 

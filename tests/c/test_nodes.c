@@ -7,42 +7,6 @@
 #include <string.h>
 #include <unistd.h>
 
-struct stage {
-    int fd;
-    struct sh_ctx a, b, lead;
-};
-
-static struct stage *stage_new(uint64_t capacity)
-{
-    struct stage *s = calloc(1, sizeof *s);
-    s->fd = arena_new(capacity, NO_LIMIT);
-    arena_lead(&s->lead, s->fd);
-    arena_join(&s->a, s->fd);
-    arena_join(&s->b, s->fd);
-    return s;
-}
-
-/* Everybody leaves; nothing must be left. */
-static void stage_end(struct stage *s)
-{
-    if (s->a.slot != NULL)
-        arena_leave(&s->a);
-    if (s->b.slot != NULL)
-        arena_leave(&s->b);
-    reap_dead(&s->lead, UINT64_MAX);
-    collect(&s->lead);
-    collect(&s->lead);
-    release_all(&s->lead);
-    must_be_empty(&s->lead);
-    must_be_sound(&s->lead, EXACT_COUNTS);
-    kernel_must_agree(&s->lead);
-    CHECK(atomic_load(&s->lead.hdr->inuse_pages) == 0);
-    counters_must_be(&s->lead, 0, 0);
-    arena_leave(&s->lead);
-    close(s->fd);
-    free(s);
-}
-
 /* Another process's hold on a block. */
 static struct sh_ref shared(struct sh_ctx *c, const struct sh_ctx *of, const struct sh_ref *r)
 {
@@ -66,7 +30,7 @@ static uint64_t count_of(const struct sh_ref *r)
 
 static void test_store_and_load(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 3), leaf = block_new(&s->a, 100), got;
     CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
     node_store(&s->a, &n, 0, &leaf);
@@ -89,7 +53,7 @@ static void test_store_and_load(void)
 /* A store replaces what was there, which goes if nobody else has it. */
 static void test_replacing_frees(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 1), n_of_b = shared(&s->b, &s->a, &n);
     struct handle h[5];
     for (uint32_t i = 0; i < 5; i++) {
@@ -107,7 +71,7 @@ static void test_replacing_frees(void)
 /* A store of what is gone changes nothing. */
 static void test_a_reference_to_a_freed_block_is_stale(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 1), leaf = block_new(&s->a, 100), old = leaf, got;
     block_drop(&s->a, &leaf);
     CHECK_IS(sh_node_store(&s->a, &n, 0, &old, 1000), SH_STALE);
@@ -131,7 +95,7 @@ static struct sh_ref chain_new(struct sh_ctx *c, uint32_t n)
 
 static void test_long_chains_die(void)
 {
-    struct stage *s = stage_new(256 << 20);
+    struct stage *s = stage_new(256 << 20, NO_LIMIT);
     uint32_t n = (uint32_t)test_scale(100000);
     struct sh_ref head = chain_new(&s->a, n);
     CHECK(live_blocks(&s->a) == 2ull * n - 1);
@@ -145,7 +109,7 @@ static void test_long_chains_die(void)
  * between, and dies in the middle. */
 static void test_the_dead_leave_a_death_half_done(void)
 {
-    struct stage *s = stage_new(64 << 20);
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
     uint32_t n = 20000;
     struct sh_ref wide = node_new(&s->a, n), kept = block_new(&s->b, 64);
     struct sh_ref of_a = shared(&s->a, &s->b, &kept);
@@ -172,7 +136,7 @@ static void test_the_dead_leave_a_death_half_done(void)
 /* What is freed with the dead is counted whole, by what held it. */
 static void test_reports_say_what_went_with_the_dead(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref held = node_new(&s->a, 2), sent = node_new(&s->a, 1), half = node_new(&s->a, 300);
     struct sh_ref leaf = block_new(&s->a, 1000), large = block_new(&s->a, 200000);
     struct sh_reaped r;
@@ -201,7 +165,7 @@ static void test_reports_say_what_went_with_the_dead(void)
  */
 static void test_a_lease_ends_with_its_time(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref sent = node_new(&s->a, 1), large = block_new(&s->a, 200000), got;
     uint64_t dropped, bytes;
     put_into(&s->a, &sent, 0, &large);
@@ -223,7 +187,7 @@ static void test_a_lease_ends_with_its_time(void)
 
 static void test_cycles_are_collected(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 2), y = node_new(&s->a, 2), self = node_new(&s->a, 1);
     struct sh_ref leaf = block_new(&s->a, 1000), y_of_b = shared(&s->b, &s->a, &y);
     node_store(&s->a, &x, 0, &y);
@@ -249,7 +213,7 @@ static void test_cycles_are_collected(void)
 
 static void test_an_old_touch_keeps_nothing(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref ring[RING], next;
     uint64_t blocks;
     for (uint32_t i = 0; i < RING; i++)
@@ -275,7 +239,7 @@ static void test_an_old_touch_keeps_nothing(void)
 /* What garbage names and others hold stays, with its count put right. */
 static void test_garbage_lets_go(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 4), kept = block_new(&s->a, 3000);
     node_store(&s->a, &x, 0, &x);
     node_store(&s->a, &x, 1, &kept);
@@ -292,7 +256,7 @@ static void test_garbage_lets_go(void)
 /* What hangs on a name lives, however long the chain, and nothing else. */
 static void test_marking_follows_references(void)
 {
-    struct stage *s = stage_new(64 << 20);
+    struct stage *s = stage_new(64 << 20, NO_LIMIT);
     struct sh_ref head = chain_new(&s->a, 5000), got, lost = node_new(&s->a, 1);
     CHECK_OK(sh_root_set(&s->a, "chain", 5, &head, 1000));
     node_store(&s->a, &lost, 0, &lost);
@@ -312,7 +276,7 @@ static void test_marking_follows_references(void)
  * has looked: rule 6 keeps what it names. */
 static void test_a_reference_that_is_moved_while_marking(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 1), y = node_new(&s->a, 1), leaf = block_new(&s->a, 64);
     uint64_t marked, late, swept, bytes;
     struct handle h = handle_of(&s->a, &leaf);
@@ -342,7 +306,7 @@ static void test_a_reference_that_is_moved_while_marking(void)
  * by a handle, that rest would lead to what is gone. */
 static void test_a_sweep_that_is_given_up_goes_on(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct stopped stopped = {.c = &s->b};
     struct sh_ref x = node_new(&s->a, 2500), y = node_new(&s->a, 2), got;
     struct handle h = handle_of(&s->a, &y);
@@ -375,7 +339,7 @@ static void test_a_sweep_that_is_given_up_goes_on(void)
 /* A count that a death left too high is brought back, so that a later drop frees at once. */
 static void test_counts_that_are_too_high_are_lowered(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct stage *s = stage_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 2), leaf = block_new(&s->a, 64);
     node_store(&s->a, &n, 0, &leaf);
     CHECK(sh_count_up(leaf.word, leaf.gen, s->b.slot->phase)); /* and dies before its pin */

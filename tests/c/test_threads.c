@@ -91,20 +91,6 @@ static void lead_round(struct play *p, uint32_t round)
     CHECK(sum <= CAPACITY);
 }
 
-static void all_must_be_gone(struct play *p)
-{
-    reap_dead(&p->lead, UINT64_MAX);
-    CHECK(sh_users(&p->lead) == 0);
-    collect(&p->lead);
-    collect(&p->lead);
-    release_all(&p->lead);
-    must_be_empty(&p->lead);
-    must_be_sound(&p->lead, EXACT_COUNTS);
-    kernel_must_agree(&p->lead);
-    CHECK(atomic_load(&p->lead.hdr->inuse_pages) == 0);
-    CHECK(sh_committed_units(&p->lead) == 0);
-}
-
 static struct play *play_new(uint64_t steps, bool mortal)
 {
     struct play *p = calloc(1, sizeof *p);
@@ -150,7 +136,7 @@ static void play(uint64_t steps, bool mortal, bool one_process)
         join_play(&c, p);
     mail_end(&p->mail, &c);
     arena_leave(&c);
-    all_must_be_gone(p);
+    nothing_must_be_left(&p->lead);
     mail_say(&p->mail, &p->lead, p->deaths);
     arena_leave(&p->lead);
     sh_unmap(&p->anchor);
