@@ -352,14 +352,14 @@ enum sh_status sh_record_refill(struct sh_ctx *, const struct sh_key *, const st
                                 bool node, int wait_ms); /* not locked */
 enum sh_status sh_record_take(struct sh_ctx *, const struct sh_key *, const struct sh_value *,
                               bool node, struct sh_ref *);
-struct sh_look { /* what a record says of itself */
+struct sh_label { /* what a record says of itself */
     uint64_t hash, kinds;
     uint32_t nrefs, key_bytes, nbytes;
     const uint8_t *bytes;
 };
-bool sh_record_look(const struct sh_ref *, struct sh_look *);
-bool sh_look_is(const struct sh_look *, const struct sh_key *);
-enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, const struct sh_look *,
+bool sh_record_label(const struct sh_ref *, struct sh_label *);
+bool sh_label_is(const struct sh_label *, const struct sh_key *);
+enum sh_status sh_record_found(struct sh_ctx *, const struct sh_ref *, const struct sh_label *,
                                struct sh_found *, uint8_t *to, uint32_t room);
 
 /* coll.c */

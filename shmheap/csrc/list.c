@@ -115,7 +115,7 @@ static enum sh_status look_into(struct sh_ctx *c, const struct sh_use *u, uint64
                                 struct sh_found *f, uint8_t *to, uint32_t room)
 {
     struct sh_ref r;
-    struct sh_look l;
+    struct sh_label l;
     uint64_t item = atomic_load_explicit(item_at(u, i), ACQ);
     if (item == 0)
         return SH_AGAIN; /* taken out meanwhile */
@@ -123,7 +123,7 @@ static enum sh_status look_into(struct sh_ctx *c, const struct sh_use *u, uint64
         read_word(item, f, to);
         return SH_OK;
     }
-    if (!sh_find_cell(c, item, &r) || !sh_record_look(&r, &l))
+    if (!sh_find_cell(c, item, &r) || !sh_record_label(&r, &l))
         return SH_AGAIN;
     enum sh_status status = sh_record_found(c, &r, &l, f, to, room);
     if (status != SH_OK)

@@ -40,7 +40,7 @@ uint64_t sh_hash(const void *bytes, uint64_t n, uint64_t seed)
 
 /* False: the block has no room for what it says that it has. Whoever looks without holding it may
  * meet another block's bytes, so each word is read once. Inline: each look-up asks it. */
-inline bool sh_record_look(const struct sh_ref *r, struct sh_look *l)
+inline bool sh_record_label(const struct sh_ref *r, struct sh_label *l)
 {
     uint64_t w = atomic_load_explicit(r->word, ACQ), at = 0;
     l->nrefs = 0;
@@ -158,7 +158,7 @@ __attribute__((no_sanitize("thread"))) static void copy(uint8_t *to, const uint8
     memcpy(to, from, n);
 }
 
-inline bool sh_look_is(const struct sh_look *l, const struct sh_key *k)
+inline bool sh_label_is(const struct sh_label *l, const struct sh_key *k)
 {
     return l->hash == k->hash && (l->kinds & 0xffu) == k->kind && l->key_bytes == k->nbytes &&
            same(l->bytes, k->bytes, k->nbytes);
@@ -166,7 +166,7 @@ inline bool sh_look_is(const struct sh_look *l, const struct sh_key *k)
 
 /* Says what is in a record at which we have looked. It is copied if it names nothing and there is
  * room for it; else it is pinned. SH_SLOW: no pin is free. SH_AGAIN: it is gone. */
-enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, const struct sh_look *l,
+enum sh_status sh_record_found(struct sh_ctx *c, const struct sh_ref *r, const struct sh_label *l,
                                struct sh_found *f, uint8_t *to, uint32_t room)
 {
     f->key_kind = (uint32_t)l->kinds & 0xffu;
@@ -198,9 +198,9 @@ enum sh_status sh_record_get(struct sh_ctx *c, const struct sh_ref *r, int wait_
     enum sh_status status = sh_enter_with_pin(c, wait_ms);
     if (status != SH_OK)
         return status;
-    struct sh_look l;
+    struct sh_label l;
     status =
-        sh_record_look(r, &l) ? sh_record_found(c, r, &l, f, f->small, sizeof f->small) : SH_AGAIN;
+        sh_record_label(r, &l) ? sh_record_found(c, r, &l, f, f->small, sizeof f->small) : SH_AGAIN;
     if (status == SH_AGAIN)
         status = sh_corrupt(c, SH_FAULT_NODE, sh_word_number(c, r->word));
     sh_leave(c);

@@ -60,7 +60,7 @@ struct spot {
     uint64_t place, cell; /* what is there, without SH_REF_FROZEN */
     bool frozen;
     struct sh_ref r; /* the record */
-    struct sh_look look;
+    struct sh_label label;
 };
 
 static bool unchanged(const struct sh_use *u, const struct spot *s)
@@ -71,7 +71,7 @@ static bool unchanged(const struct sh_use *u, const struct spot *s)
 
 static bool look_at(struct sh_ctx *c, struct spot *s)
 {
-    return sh_find_cell(c, s->cell, &s->r) && sh_record_look(&s->r, &s->look);
+    return sh_find_cell(c, s->cell, &s->r) && sh_record_label(&s->r, &s->label);
 }
 
 /* Whether the key is at a place. What is read there counts if the place has not changed since. */
@@ -85,7 +85,7 @@ static bool is_at(struct sh_ctx *c, const struct sh_use *u, uint64_t place,
         s->frozen = ref != s->cell;
         if (s->cell == 0)
             return false;
-        bool same = look_at(c, s) && sh_look_is(&s->look, key);
+        bool same = look_at(c, s) && sh_label_is(&s->label, key);
         if (unchanged(u, s))
             return same;
     }
@@ -117,7 +117,7 @@ static enum sh_status look_up(struct sh_ctx *c, const struct sh_use *u, const st
 static enum sh_status found(struct sh_ctx *c, const struct sh_use *u, const struct spot *s,
                             struct sh_found *f)
 {
-    enum sh_status status = sh_record_found(c, &s->r, &s->look, f, f->small, sizeof f->small);
+    enum sh_status status = sh_record_found(c, &s->r, &s->label, f, f->small, sizeof f->small);
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && !unchanged(u, s))
@@ -225,7 +225,7 @@ static void repair_place(struct sh_ctx *c, struct sh_use *u, uint64_t place)
     struct spot s;
     while ((s.cell = atomic_load_explicit(place_at(u, place), ACQ)) != 0) {
         SH_CRASH("dict:repairing");
-        if (look_at(c, &s) && is_indexed(u, s.look.hash, place)) {
+        if (look_at(c, &s) && is_indexed(u, s.label.hash, place)) {
             use_place(u, place);
             return;
         }
@@ -256,12 +256,12 @@ static bool copy_place(struct sh_ctx *c, _Atomic uint64_t *from, const struct sh
                        uint64_t *to)
 {
     struct sh_ref r;
-    struct sh_look look;
+    struct sh_label label;
     uint64_t cell = sh_freeze(from);
     SH_CRASH("dict:frozen");
     if (cell == 0 || !sh_hold_cell(c, cell, &r))
         return true;
-    uint64_t hash = sh_record_look(&r, &look) ? look.hash : 0;
+    uint64_t hash = sh_record_label(&r, &label) ? label.hash : 0;
     _Atomic uint64_t *entry = *to < new->room ? free_entry(new, hash) : NULL;
     if (entry == NULL) {
         sh_count_down(c, &r, sh_phase(c));
@@ -344,7 +344,7 @@ static enum sh_status replace(struct sh_ctx *c, struct sh_use *u, const struct s
     struct sh_ref r;
     struct sh_key kept = *key;
     kept.form =
-        SH_RECORD_FORM(s->look.kinds); /* as in a dict, the key stays that was there first */
+        SH_RECORD_FORM(s->label.kinds); /* as in a dict, the key stays that was there first */
     enum sh_status status = sh_record_take(c, &kept, v, v->nrefs != 0, &r);
     if (status != SH_OK)
         return status;
@@ -495,7 +495,7 @@ static enum sh_status next(struct sh_ctx *c, struct sh_use *u, uint64_t *place, 
             continue;
         if (!look_at(c, &s))
             return SH_AGAIN;
-        if (*place == used && !is_indexed(u, s.look.hash, *place))
+        if (*place == used && !is_indexed(u, s.label.hash, *place))
             break;
         enum sh_status status = found(c, u, &s, f);
         *place += status == SH_OK;
@@ -537,8 +537,8 @@ static bool is_found_by(struct sh_ctx *c, const struct sh_use *u, uint64_t i, ui
         s.cell = atomic_load_explicit(place_at(u, s.place), ACQ);
         there = look_at(c, &s);
     } while (!unchanged(u, &s));
-    return there && SH_HI(at) == (uint32_t)(s.look.hash >> 32) &&
-           ((i - s.look.hash) & u->mask) < run;
+    return there && SH_HI(at) == (uint32_t)(s.label.hash >> 32) &&
+           ((i - s.label.hash) & u->mask) < run;
 }
 
 /* Entries, and those of them that lead to a key. NULL, or what is wrong. */
