@@ -240,6 +240,41 @@ enum sh_status sh_root_get(struct sh_ctx *c, const char *name, uint32_t len, int
     return status == SH_SLOW ? SH_BUSY : status;
 }
 
+static bool has_name(const struct sh_root *r)
+{
+    return atomic_load(&r->cell) != 0 && r->len <= SH_ROOT_NAME_MAX;
+}
+
+static uint32_t copy_names(const struct sh_ctx *c, struct sh_name *names, uint32_t used)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < used; i++) {
+        const struct sh_root *r = root_at(c, i);
+        if (!has_name(r))
+            continue;
+        names[n].len = r->len;
+        memcpy(names[n++].text, r->name, r->len);
+    }
+    return n;
+}
+
+/* All names as they are at one moment, in table order; *n: for how many there is room, and how many
+ * there are. SH_CHANGED: *n says for how many there must be room. */
+enum sh_status sh_root_names(struct sh_ctx *c, struct sh_name *names, uint32_t *n, int wait_ms)
+{
+    enum sh_status status = sh_names_enter(c, wait_ms);
+    if (status != SH_OK)
+        return status;
+    uint64_t used = c->hdr->roots_used;
+    if (used > SH_MAX_ROOTS)
+        used = SH_MAX_ROOTS;
+    if (used > *n)
+        status = SH_CHANGED;
+    *n = status == SH_OK ? copy_names(c, names, (uint32_t)used) : (uint32_t)used;
+    sh_names_leave(c);
+    return status;
+}
+
 /* What an entry's name stands for, 0: nothing. */
 uint64_t sh_root_cell(const struct sh_ctx *c, uint32_t entry)
 {
@@ -257,7 +292,7 @@ enum sh_status sh_root_name(struct sh_ctx *c, uint32_t *entry, char name[SH_ROOT
     status = SH_ABSENT;
     for (; status == SH_ABSENT && is_entry(c, *entry); ++*entry) {
         const struct sh_root *r = root_at(c, *entry);
-        if (atomic_load(&r->cell) == 0 || r->len > SH_ROOT_NAME_MAX)
+        if (!has_name(r))
             continue;
         *len = r->len;
         memcpy(name, r->name, r->len);

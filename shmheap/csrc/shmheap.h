@@ -275,6 +275,11 @@ enum sh_status sh_root_replace(struct sh_ctx *, const char *name, uint32_t len,
 enum sh_status sh_root_clear(struct sh_ctx *, const char *name, uint32_t len, int wait_ms);
 enum sh_status sh_root_clear_of(struct sh_ctx *, const char *name, uint32_t len,
                                 const struct sh_ref *only, int wait_ms);
+struct sh_name {
+    uint32_t len;
+    char text[SH_ROOT_NAME_MAX];
+};
+enum sh_status sh_root_names(struct sh_ctx *, struct sh_name *names, uint32_t *n, int wait_ms);
 enum sh_status sh_root_name(struct sh_ctx *, uint32_t *entry, char name[SH_ROOT_NAME_MAX],
                             uint32_t *len, int wait_ms);
 

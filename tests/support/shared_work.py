@@ -1,15 +1,17 @@
-"""What several processes do at once with a shared list or dict."""
+"""What several processes do at once with a shared list or dict, or with named roots."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import MutableMapping
 from typing import Any
 
 import shmheap
 
 Dict = shmheap.SharedDict[Any, Any]
 List = shmheap.SharedList[Any]
+Values = MutableMapping[str, Any]
 
 
 def set_keys(shared: Dict, who: int, count: int) -> None:
@@ -18,7 +20,7 @@ def set_keys(shared: Dict, who: int, count: int) -> None:
         shared[f"{who} {number}"] = [who, number]
 
 
-def set_pairs(shared: Dict, who: int, count: int) -> None:
+def set_pairs(shared: Values, who: int, count: int) -> None:
     """One key of all: values whose parts belong together, short, long, and with a block."""
     forms = (str, lambda n: str(n) * 2000, lambda n: memoryview(str(n).encode() * 3))
     for number in range(count):
@@ -26,7 +28,7 @@ def set_pairs(shared: Dict, who: int, count: int) -> None:
         shared["pair"] = (value, value)
 
 
-def see_pairs(shared: Dict, count: int) -> int:
+def see_pairs(shared: Values, count: int) -> int:
     """How many of so many looks saw halves of two values."""
     pairs = (shared["pair"] for _ in range(count))
     return sum(first != second for first, second in pairs)
@@ -106,3 +108,31 @@ def make_cycles(heap: shmheap.Heap, count: int) -> None:
     for number in range(count):
         mapping = heap.dict(value={"number": number, "bytes": bytes(1000)})
         mapping["list"] = [mapping, (mapping,), {"again": mapping}]
+
+
+def set_root_pairs(heap: shmheap.Heap, count: int) -> None:
+    set_pairs(heap.roots, 0, count)
+
+
+def see_root_pairs(heap: shmheap.Heap, count: int) -> int:
+    return see_pairs(heap.roots, count)
+
+
+def add_one(heap: shmheap.Heap, count: int) -> None:
+    """Add 1 so many times to a root by compare-and-set."""
+    for _ in range(count):
+        while not heap.roots.compare_and_set("n", now := heap.roots["n"], now + 1):
+            pass
+
+
+def rename(heap: shmheap.Heap, rounds: int) -> None:
+    """From "a" to "b" and back: one of them is there at any moment."""
+    for _ in range(rounds):
+        for new, old in ("ba", "ab"):
+            heap.roots[new] = 1
+            del heap.roots[old]
+
+
+def see_no_name(heap: shmheap.Heap, count: int) -> int:
+    """How many of so many looks saw neither name."""
+    return sum(not {"a", "b"} & set(heap.roots) for _ in range(count))

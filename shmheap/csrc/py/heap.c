@@ -522,28 +522,38 @@ static PyObject *heap_root_clear(Heap *self, PyObject *args)
     return s == SH_OK || s == SH_ABSENT ? PyBool_FromLong(s == SH_OK) : fail(b, s);
 }
 
+static PyObject *name_list(const struct sh_name *names, uint32_t n)
+{
+    PyObject *list = PyList_New((Py_ssize_t)n);
+    for (uint32_t i = 0; list != NULL && i < n; i++) {
+        PyObject *one = PyBytes_FromStringAndSize(names[i].text, (Py_ssize_t)names[i].len);
+        if (one == NULL || PyList_SetItem(list, (Py_ssize_t)i, one) != 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* _root_names() -> all of them, as they are at one moment */
 static PyObject *heap_root_names(Heap *self, PyObject *unused)
 {
     (void)unused;
-    char name[SH_ROOT_NAME_MAX];
-    uint32_t entry = 0, len = 0;
-    enum sh_status s = SH_OK;
-    if (!box_usable(self->box))
-        return NULL;
+    struct sh_name *names = NULL, *more;
+    uint32_t n = 0;
+    enum sh_status s = SH_CHANGED;
     struct box *b = self->box;
-    PyObject *names = PyList_New(0);
+    if (!box_usable(b))
+        return NULL;
     box_enter(b);
-    while (names != NULL && s == SH_OK) {
-        WAITING(b, s, sh_root_name(&b->ctx, &entry, name, &len, SLICE_MS));
-        PyObject *one = s == SH_OK ? PyBytes_FromStringAndSize(name, (Py_ssize_t)len) : NULL;
-        if (one != NULL && PyList_Append(names, one) != 0)
-            Py_CLEAR(names);
-        Py_XDECREF(one);
+    while (s == SH_CHANGED && (more = PyMem_Realloc(names, (n + 1ull) * sizeof *names)) != NULL) {
+        names = more;
+        WAITING(b, s, sh_root_names(&b->ctx, names, &n, SLICE_MS));
     }
     box_leave(b);
-    if (PyErr_Occurred() || (s != SH_ABSENT && fail(b, s) == NULL))
-        Py_CLEAR(names);
-    return names;
+    PyObject *list = s == SH_OK && !PyErr_Occurred() ? name_list(names, n) : NULL;
+    PyMem_Free(names);
+    if (list != NULL || PyErr_Occurred())
+        return list;
+    return s == SH_CHANGED ? PyErr_NoMemory() : fail(b, s);
 }
 
 /* Asking and waiting */
