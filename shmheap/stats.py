@@ -86,8 +86,8 @@ class GCReport:
         freed_dead_bytes: bytes freed since the collection before, because their holders had died.
         freed_lease_bytes: the same, because a lease ran out: that of a dead sender, or one older
             than ``Config.lease_max_s``.
-        pause_max_ns: the longest that it can have kept a process waiting: by that process's lock,
-            or, if that unpickled a handle without a lease, by the end of marking.
+        pause_max_ns: the longest that it can have kept a process waiting: by that process's lock
+            or one of all, or, if that unpickled a handle without a lease, by the end of marking.
         duration_ns: from its start to its end.
     """
 

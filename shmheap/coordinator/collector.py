@@ -7,10 +7,10 @@
     stamp         date the pages that became idle: from now on they age (S4)
     end_cycle     set next_gc, record the cycle, phase IDLE
 
-Nobody is stopped: a step takes one process's lock at a time. What it reports as a pause is the
-longest that one was kept, and of finish_mark how long FINAL lasted, in which who unpickles a handle
-without a lease waits. Reaping is done before, outside the cycle; pins of the dead who were found
-too late are roots like any other's.
+Nobody is stopped: a step takes one process's lock at a time, or one of all. What it reports as a
+pause is the longest that one was kept, and of finish_mark how long FINAL lasted, in which who
+unpickles a handle without a lease waits. Reaping is done before, outside the cycle; pins of the
+dead who were found too late are roots like any other's.
 """
 
 from __future__ import annotations

@@ -37,10 +37,17 @@ enum sh_status sh_handshake(struct sh_ctx *c, int64_t phase)
         if (phase >= 0)
             atomic_store_explicit(&s->phase, (uint32_t)phase, REL);
         sh_process_unlock(s);
-        uint64_t held = sh_os_now_ns() - from;
-        c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
+        sh_kept_waiting(c, from);
     }
     return all;
+}
+
+/* From now on the longest is looked for that anybody was kept waiting. Of a collection that was
+ * given up nobody has been told yet: then it goes on. */
+void sh_pauses_begin(struct sh_ctx *c)
+{
+    if (c->trace == NULL && sh_phase_of(atomic_load(&c->hdr->phase)) == SH_IDLE)
+        c->longest_ns = 0;
 }
 
 /* The statistics of all processes that are and were. */
@@ -396,7 +403,8 @@ enum sh_status sh_expire_leases(struct sh_ctx *c, uint64_t cutoff_ns, uint64_t *
     uint32_t page;
     uint64_t span, freed = atomic_load(&c->slot->freed_bytes);
     enum sh_status status;
-    c->longest_ns = *dropped = *bytes = 0;
+    *dropped = *bytes = 0;
+    sh_pauses_begin(c);
     while ((status = sh_walk_next(c, &walk, &page, &span)) == SH_OK) {
         if (SH_SPAN_STATE(span) != SH_LEASES || !sh_hold_small(c, page, &span))
             continue;
@@ -671,8 +679,7 @@ void sh_let_owner(struct sh_ctx *c, uint64_t span)
     if (SH_SPAN_OWNER(span) == c->owner)
         return;
     sh_process_unlock(sh_slot(c, SH_SPAN_SLOT(span)));
-    uint64_t held = sh_os_now_ns() - c->held_since_ns;
-    c->longest_ns = held > c->longest_ns ? held : c->longest_ns;
+    sh_kept_waiting(c, c->held_since_ns);
 }
 
 void sh_let_small(struct sh_ctx *c, uint32_t page, uint64_t span)

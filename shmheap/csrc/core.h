@@ -197,6 +197,7 @@ int sh_word_try(struct sh_ctx *, _Atomic uint64_t *lock);
 bool sh_word_let(struct sh_ctx *, _Atomic uint64_t *lock);
 /* Refused by everybody from now on, and told by what was found here. SH_CORRUPT, for its caller. */
 enum sh_status sh_corrupt(struct sh_ctx *, enum sh_fault, uint64_t where);
+void sh_kept_waiting(struct sh_ctx *, uint64_t since_ns);
 void sh_fork_ranks(void);
 uint32_t sh_ranks_held(void); /* by this thread, a bit each; debug builds know */
 #define SH_SPENT_MS 1 /* what is left of a patience that was spent: plenty for one that runs */
@@ -412,6 +413,7 @@ void sh_trace_end(struct sh_ctx *);
 
 /* coord.c */
 enum sh_status sh_handshake(struct sh_ctx *, int64_t phase); /* -1: only take every lock once */
+void sh_pauses_begin(struct sh_ctx *);
 enum sh_status sh_give(struct sh_ctx *, const uint32_t *pages, uint32_t n);
 enum sh_status sh_give_all(struct sh_ctx *);
 struct sh_sums {

@@ -167,11 +167,24 @@ static bool wait_for_word(struct sh_ctx *c, _Atomic uint64_t *lock, uint64_t me,
     }
 }
 
+/* Is this the coordinator? */
+static bool leads(const struct sh_ctx *c)
+{
+    return c->slot != NULL && c->slot_index == 0;
+}
+
+/* Coordinator: whoever wanted what it had since then has waited so long. */
+void sh_kept_waiting(struct sh_ctx *c, uint64_t since_ns)
+{
+    uint64_t waited = sh_os_now_ns() - since_ns;
+    c->longest_ns = waited > c->longest_ns ? waited : c->longest_ns;
+}
+
 /* A wait for nothing. Of a coordinator it was its patience: whoever was stopped holds up more waits
  * than this one, and not each of them shall take so long. */
 static enum sh_status in_vain(struct sh_ctx *c, int wait_ms)
 {
-    if (c->slot != NULL && c->slot_index == 0 && wait_ms > SH_SPENT_MS)
+    if (leads(c) && wait_ms > SH_SPENT_MS)
         c->patience_ms = SH_SPENT_MS;
     return SH_BUSY;
 }
@@ -289,6 +302,8 @@ enum sh_status sh_lock(struct sh_ctx *c, struct sh_lock *l, int wait_ms)
         sh_unlock(c, l);
         return SH_CORRUPT;
     }
+    if (leads(c))
+        c->locked_since_ns = sh_os_now_ns();
     return atomic_load_explicit(&l->rebuild, RLX) ? SH_CHANGED : SH_OK;
 }
 
@@ -300,6 +315,8 @@ void sh_unlock(struct sh_ctx *c, struct sh_lock *l)
     rank_left(rank_of(c, l));
     if (LOCKS)
         pthread_mutex_unlock(&l->mutex);
+    if (leads(c))
+        sh_kept_waiting(c, c->locked_since_ns);
 }
 
 /* The registry lock. Nothing under it is logged, so no death can tear it. */

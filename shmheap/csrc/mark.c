@@ -92,7 +92,7 @@ static enum sh_status finish_sweep(struct sh_ctx *c)
 enum sh_status sh_start_cycle(struct sh_ctx *c)
 {
     uint32_t epoch = epoch_of(atomic_load(&c->hdr->phase));
-    c->longest_ns = 0;
+    sh_pauses_begin(c);
     enum sh_status status = finish_sweep(c);
     if (status == SH_OK)
         status = set_phase(c, SH_IDLE, epoch);
@@ -356,8 +356,7 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
     *blocks = c->trace->blocks - before;
     if (status == SH_OK)
         status = set_phase(c, SH_SWEEP, epoch);
-    uint64_t waited = sh_os_now_ns() - from; /* who opens a handle without a lease */
-    c->longest_ns = waited > c->longest_ns ? waited : c->longest_ns;
+    sh_kept_waiting(c, from); /* who opens a handle without a lease */
     if (status != SH_OK)
         set_phase(c, SH_IDLE, epoch);
     return status;

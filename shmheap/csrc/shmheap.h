@@ -99,13 +99,14 @@ struct sh_ctx {
     int mutex_kind;  /* of every mutex of ours, as this libc writes it */
     int patience_ms; /* coordinator: how long it waits for one that was stopped in an operation;
                         spent by the first wait that was in vain, given anew each turn */
-    uint64_t held_since_ns;    /* coordinator: when it took the process lock that it holds */
+    /* coordinator: when it took the process lock that it holds, and the shared one */
+    uint64_t held_since_ns, locked_since_ns;
     _Atomic bool ring_waiters; /* something was freed while others wait for memory */
     _Atomic bool ring;         /* the coordinator has something new to do: ring its bell */
     /* coordinator: somebody died since they were put right */
     bool recount_blocks, recount_units, recount_leases, recount_holders;
     struct sh_trace *trace; /* coordinator: from marking to the end of the sweep */
-    uint64_t longest_ns;    /* longest that the coordinator let anybody wait since reset */
+    uint64_t longest_ns;    /* longest that the coordinator let anybody wait: sh_pauses_begin */
     _Atomic uint32_t roots_committed; /* entries below are known to be committed */
     const char *why;                  /* SH_UNTRUSTED: what is wrong */
     struct sh_ctx *child;             /* between the hooks of a fork */

@@ -356,6 +356,69 @@ static void test_counts_that_are_too_high_are_lowered(void)
     stage_end(s);
 }
 
+/* Pauses */
+
+#define WHILE_NS 2000000u
+
+static void take_a_while(void *unused)
+{
+    uint64_t until = sh_os_now_ns() + WHILE_NS;
+    (void)unused;
+    while (sh_os_now_ns() < until)
+        sh_os_pause();
+}
+
+static uint64_t last_pause(const struct sh_ctx *c)
+{
+    return atomic_load(&c->hdr->pause_ns[(atomic_load(&c->hdr->num_gc) - 1) % SH_PAUSES]);
+}
+
+/* Of the heap lock, which whoever needs pages waits for. */
+static void test_a_pause_is_of_any_lock(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref leaf = block_new(&s->b, 100), kept = shared(&s->a, &s->b, &leaf);
+    arena_die(&s->b);
+    reap_dead(&s->lead, UINT64_MAX);
+    at_moment("log:entry", take_a_while, NULL); /* the span is nobody's now */
+    collect(&s->lead);
+    MOMENT_CAME("log:entry");
+    CHECK(last_pause(&s->lead) >= WHILE_NS);
+    block_drop(&s->a, &kept);
+    stage_end(s);
+}
+
+/* In which who opens a handle without a lease waits; also of a marking that is given up. */
+static void test_a_pause_is_the_end_of_marking(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct stopped stopped = {.c = &s->b};
+    uint64_t n;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    at_moment("gc:traced", take_a_while, NULL);
+    CHECK_OK(sh_finish_mark(&s->lead, &n));
+    MOMENT_CAME("gc:traced");
+    end_collection(&s->lead);
+    CHECK(last_pause(&s->lead) >= WHILE_NS);
+
+    struct sh_ref leaf = block_new(&s->a, 100);
+    CHECK_OK(sh_start_cycle(&s->lead));
+    CHECK_OK(sh_mark(&s->lead, &n));
+    s->lead.patience_ms = 2;
+    at_moment("gc:traced", stop_with_heap_lock, &stopped);
+    block_drop(&s->a, &leaf);
+    leaf = block_new(&s->a, 100); /* touched, so it takes another pass */
+    CHECK_IS(sh_finish_mark(&s->lead, &n), SH_BUSY);
+    MOMENT_CAME("gc:traced");
+    go_on(&stopped);
+    s->lead.patience_ms = 10000;
+    collect(&s->lead);
+    CHECK(last_pause(&s->lead) >= WHILE_NS);
+    block_drop(&s->a, &leaf);
+    stage_end(s);
+}
+
 /* Deaths at the named points */
 
 struct scene {
@@ -576,6 +639,8 @@ int main(void)
         {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},
         {"a_sweep_that_is_given_up_goes_on", test_a_sweep_that_is_given_up_goes_on},
         {"counts_that_are_too_high_are_lowered", test_counts_that_are_too_high_are_lowered},
+        {"a_pause_is_of_any_lock", test_a_pause_is_of_any_lock},
+        {"a_pause_is_the_end_of_marking", test_a_pause_is_the_end_of_marking},
         {"a_death_at_each_point_of_a_nodes_death", test_a_death_at_each_point_of_a_nodes_death},
         {"a_coordinator_dies_in_each_phase", test_a_coordinator_dies_in_each_phase},
     };
