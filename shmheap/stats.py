@@ -40,7 +40,7 @@ class HeapStats:
         pause_ns: for each of the last 256 collections, oldest first, the longest that it can have
             kept a process waiting.
         leases: number of pickled handles on their way.
-        oldest_lease_s: age of the oldest of them, seconds; 0 if there is none.
+        oldest_lease_s: age of the oldest that the last collection saw, seconds; 0 if there is none.
         capacity: size of the data area.
         committed_bytes: of the data area that the kernel holds.
         metadata_bytes: of tables (records, page map, block words) that the kernel holds; pins are

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from shmheap import Config, Heap, HeapStats, _core, arena, rss
-from shmheap.coordinator import FREE, SlotKey
+from shmheap import Config, GCReport, Heap, HeapStats, _core, arena, rss
+from shmheap.coordinator import ASK_GC, FREE, Clock, SlotKey
 from shmheap.coordinator.loop import Coordinator, Outcome
 from shmheap.coordinator.trace import Trace
 from shmheap.verify import VerifyReport, verify
@@ -52,9 +52,16 @@ class HeapByHand:
         name: of the heap.
         capacity: bytes.
         config: the heap's; the test does what it says.
+        clock: of the coordinator's loop.
     """
 
-    def __init__(self, name: str, capacity: int = 64 << 20, config: Config | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        capacity: int = 64 << 20,
+        config: Config | None = None,
+        clock: Clock = time,
+    ) -> None:
         config = config or Config()
         self.path = arena.file_path(name, config.directory)
         self.fd = arena.make_file(self.path, capacity, config)
@@ -65,9 +72,9 @@ class HeapByHand:
         assert heap is not None
         self.heap = heap
         self.observer = _core.Observer(self.fd)
-        log, trace = logging.Logger("by hand"), Trace(None)
+        self.log = logging.Logger("by hand")
         self._coordinator = Coordinator(
-            self.steward, config, time, _NeverWaits(), trace, log, linger=True
+            self.steward, config, clock, _NeverWaits(), Trace(None), self.log, linger=True
         )
 
     def __enter__(self) -> Self:
@@ -90,6 +97,14 @@ class HeapByHand:
     def turn(self) -> Outcome:
         """One turn of the real coordinator's loop."""
         return self._coordinator.turn()
+
+    def gc(self) -> GCReport:
+        """What heap.gc() returns, from the loop's next turn."""
+        ticket = self.heap._request(ASK_GC)
+        self.turn()
+        fields = self.heap._await(ASK_GC, ticket, 0)
+        assert fields is not None
+        return GCReport.from_fields(fields[:9])
 
     def turns_until(self, happened: Callable[[], object]) -> None:
         """Be the coordinator until something has happened in another process."""

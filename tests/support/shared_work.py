@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import MutableMapping
 from typing import Any
@@ -136,3 +137,12 @@ def rename(heap: shmheap.Heap, rounds: int) -> None:
 def see_no_name(heap: shmheap.Heap, count: int) -> int:
     """How many of so many looks saw neither name."""
     return sum(not {"a", "b"} & set(heap.roots) for _ in range(count))
+
+
+_loaded: list[shmheap.Block] = []
+
+
+def load_many(data: bytes, count: int) -> int:
+    """Unpickle one handle so often, and keep what came; returns how many have its bytes."""
+    _loaded.extend(pickle.loads(data) for _ in range(count))
+    return sum(bytes(block) == b"abc" for block in _loaded)
