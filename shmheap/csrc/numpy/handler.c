@@ -194,7 +194,7 @@ static PyObject *numpy_leave(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "OO:leave", &capsule, &handler))
         return NULL;
-    void **api = api_of(capsule);
+    void **api = PyCapsule_GetPointer(handler, CAPSULE) ? api_of(capsule) : NULL;
     PyObject *was = api ? ((npy_set_handler *)api[API_SET_HANDLER])(handler) : NULL;
     if (was == NULL)
         return NULL;
