@@ -42,8 +42,8 @@ WEIGHTS = {
     "root_set": 3,
     "root_get": 4,
     "root_clear": 1,
-    "send": 2,
-    "take": 2,
+    "send": 3,
+    "take": 3,
     "reopen": 3,
 }
 MANY_ONE_IN = 400
@@ -246,10 +246,12 @@ class Worker:
     # Handles
 
     def _send(self, bits: int) -> None:
+        """Keep it no longer: perhaps the letter's lease alone holds it."""
         held = self._hands[bits & 31]
         letter = LETTER.pack(*place_of(held)) + pickle.dumps(held.node)
         if not self._post.send(letter):
             open_letter(self._heap, letter)  # or else its lease would last as long as we do
+        self._drop(bits)
         self._changes += 1
 
     def _take(self, bits: int) -> None:
