@@ -368,7 +368,6 @@ enum sh_status sh_finish_mark(struct sh_ctx *c, uint64_t *blocks)
 
 struct sweep {
     uint32_t phase; /* with the epoch */
-    uint64_t live_blocks, live_bytes;
     uint32_t nsuspects;
     uint32_t page[SUSPECTS];
     uint64_t span[SUSPECTS], word[SUSPECTS];
@@ -387,9 +386,7 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
 {
     struct sh_ref r;
     uint64_t w = atomic_load_explicit(word, ACQ);
-    bool live = SH_BSTATE(w) == SH_BLOCK_LIVE;
-    if (!live || (!sh_is_condemned(w, s->phase) && !c->recount_blocks) ||
-        !sh_locate(c, sh_word_number(c, word), &r))
+    if (!sh_is_condemned(w, s->phase) || !sh_locate(c, sh_word_number(c, word), &r))
         return;
     r.gen = SH_GEN(w);
     r.nbytes = sh_block_bytes(c, &r, w);
@@ -403,8 +400,6 @@ static void sweep_word(struct sh_ctx *c, _Atomic uint64_t *word, struct sweep *s
             bury_garbage(c);
         return;
     }
-    s->live_blocks++;
-    s->live_bytes += r.nbytes;
 }
 
 /* A large run whose block does not live: being made or freed at this moment, or left so by a death.
@@ -508,20 +503,41 @@ static enum sh_status sweep_span(struct sh_ctx *c, uint32_t page, uint64_t span,
     return SH_OK;
 }
 
-/* Deaths between a block and its counter leave the counters wrong: put them right if nothing but
- * this sweep moved. A block and its counter change under a process lock, so after the handshake
- * what the walk saw is counted. */
-static void recount_blocks(struct sh_ctx *c, const struct sweep *s, const struct sh_sums *before,
-                           uint64_t swept)
+struct recount {
+    uint64_t blocks, bytes;
+};
+
+/* One that is dying is counted as freed when it ends. */
+static void count_block(struct sh_ctx *c, _Atomic uint64_t *word, void *arg)
 {
-    if (sh_handshake(c, -1) != SH_OK)
+    struct recount *n = arg;
+    struct sh_ref r;
+    uint64_t w = atomic_load_explicit(word, ACQ);
+    bool there = SH_BSTATE(w) == SH_BLOCK_LIVE || SH_BSTATE(w) == SH_BLOCK_DYING;
+    if (!there || !sh_locate(c, sh_word_number(c, word), &r))
         return;
+    n->blocks++;
+    n->bytes += sh_block_bytes(c, &r, w);
+}
+
+/* Deaths between a block and its counter leave the counters wrong: put them right if nothing moves
+ * meanwhile. A block and its counter change under a process lock, so after the handshake what the
+ * walk saw is counted. Not the sweep's own walk: what it passed alive may go with garbage later. */
+static enum sh_status recount_blocks(struct sh_ctx *c)
+{
+    struct recount n = {0};
+    struct sh_sums before = sh_sum(c);
+    enum sh_status status = each_word(c, count_block, &n);
+    SH_CRASH("gc:counted");
+    if (status == SH_OK)
+        status = sh_handshake(c, -1);
     struct sh_sums now = sh_sum(c), after = sh_sum(c); /* numbers go up before bytes */
-    if (after.mallocs != before->mallocs || after.frees != before->frees + swept)
-        return;
-    sh_add(&c->hdr->past_alloc_bytes, s->live_bytes - (now.alloc_bytes - now.freed_bytes));
-    sh_add(&c->hdr->past_mallocs, s->live_blocks - (now.mallocs - now.frees));
+    if (status != SH_OK || after.mallocs != before.mallocs || after.frees != before.frees)
+        return status;
+    sh_add(&c->hdr->past_alloc_bytes, n.bytes - (now.alloc_bytes - now.freed_bytes));
+    sh_add(&c->hdr->past_mallocs, n.blocks - (now.mallocs - now.frees));
     c->recount_blocks = false;
+    return SH_OK;
 }
 
 static uint32_t leases_in(struct sh_ctx *c, uint32_t page)
@@ -611,7 +627,6 @@ static enum sh_status sweep_all(struct sh_ctx *c, struct sweep *s)
 enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
 {
     struct sweep *s = calloc(1, sizeof *s);
-    struct sh_sums before = sh_sum(c);
     uint64_t frees = atomic_load(&c->slot->frees), freed = atomic_load(&c->slot->freed_bytes);
     if (s == NULL)
         return SH_NOMEM;
@@ -622,7 +637,7 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
     if (status == SH_OK)
         status = lower_counts(c, s);
     if (status == SH_OK && c->recount_blocks)
-        recount_blocks(c, s, &before, *blocks);
+        status = recount_blocks(c);
     if (status == SH_OK && c->recount_leases)
         status = recount_leases(c);
     if (*blocks != 0)

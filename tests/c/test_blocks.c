@@ -846,7 +846,7 @@ static void test_recount_while_growing(void)
     stage_end(s);
 }
 
-/* In the second sum of a sweep, and there when it is at the first process's numbers. */
+/* In the sum after the recount's walk, and there when it is at the first process's numbers. */
 static void alloc_at_the_next_slot(void *arg)
 {
     at_moment("sum:counted", alloc_far_up, arg);
@@ -858,7 +858,7 @@ static void alloc_in_the_next_sum(void *arg)
 }
 
 /* Of a block that is made while the counters are summed, the sum may have the bytes and not the
- * number: then it is not what the sweep saw. */
+ * number: then it is not what the walk saw. */
 static void test_recount_while_allocating(void)
 {
     struct stage *s = stage_new(16 << 20, NO_LIMIT);
@@ -871,7 +871,7 @@ static void test_recount_while_allocating(void)
     CHECK_OK(sh_finish_mark(&s->lead, &n));
     s->lead.recount_blocks = true;
     CHECK(s->a.slot_index == 1);
-    at_moment("gc:sweeping", alloc_in_the_next_sum, &t);
+    at_moment("gc:counted", alloc_in_the_next_sum, &t);
     sweep_now(&s->lead);
     MOMENT_CAME("sum:counted");
     CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));

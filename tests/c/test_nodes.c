@@ -253,6 +253,35 @@ static void test_garbage_lets_go(void)
     stage_end(s);
 }
 
+/* After a death the counters are put right by what is there. A block that the sweep has passed,
+ * kept because it was touched, may go later with the garbage that held it; and a node that is dying
+ * is counted as freed at its end. */
+static void test_a_recount_beside_deaths_of_nodes(void)
+{
+    struct stage *s = stage_new(8 << 20);
+    struct sh_ref kept = block_new(&s->a, 100), garbage = node_new(&s->a, 30);
+    struct sh_ref wide = node_new(&s->a, 600), leaf = block_new(&s->a, 300);
+    uint64_t blocks;
+    for (uint32_t i = 0; i < 600; i++)
+        node_store(&s->a, &wide, i, &leaf);
+    node_store(&s->a, &garbage, 0, &garbage);
+    node_store(&s->a, &garbage, 1, &kept);
+    block_drop(&s->a, &leaf);
+    block_drop(&s->a, &garbage);
+    CHECK(kept.page < garbage.page);
+    s->lead.recount_blocks = true;
+    CHECK_OK(sh_start_cycle(&s->lead));
+    block_drop(&s->a, &kept); /* touched */
+    CHECK_IS(sh_unpin(&s->a, &wide, 1000), SH_DEFERRED);
+    CHECK_OK(sh_mark(&s->lead, &blocks));
+    CHECK_OK(sh_finish_mark(&s->lead, &blocks));
+    CHECK(end_collection(&s->lead) == 2);
+    counters_must_be(&s->a, 2, wide.nbytes + 300);
+    CHECK_OK(sh_flush(&s->a, 1000));
+    counters_must_be(&s->a, 0, 0);
+    stage_end(s);
+}
+
 /* What hangs on a name lives, however long the chain, and nothing else. */
 static void test_marking_follows_references(void)
 {
@@ -635,6 +664,7 @@ int main(void)
         {"cycles_are_collected", test_cycles_are_collected},
         {"an_old_touch_keeps_nothing", test_an_old_touch_keeps_nothing},
         {"garbage_lets_go", test_garbage_lets_go},
+        {"a_recount_beside_deaths_of_nodes", test_a_recount_beside_deaths_of_nodes},
         {"marking_follows_references", test_marking_follows_references},
         {"a_reference_that_is_moved_while_marking", test_a_reference_that_is_moved_while_marking},
         {"a_sweep_that_is_given_up_goes_on", test_a_sweep_that_is_given_up_goes_on},
