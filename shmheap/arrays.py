@@ -22,6 +22,7 @@ from shmheap._core import Block, HeapBase
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from typing_extensions import Buffer
 
     Form = tuple[str, tuple[int, ...], int, tuple[int, ...] | None, bool]
     Shape = SupportsIndex | Iterable[SupportsIndex]
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ArrayHeap",
     "Unfit",
+    "address",
     "array",
     "block_under",
+    "bytes_of",
     "dtype_of",
+    "extent",
     "form",
     "is_scalar",
     "scalar",
@@ -170,7 +174,7 @@ def form(array: NDArray[Any], heap: HeapBase) -> tuple[Form, Block | None]:
         array, block = _copied(array, heap)
     else:
         readonly = not array.flags.writeable
-    offset = _address(array) - _address(_bytes_of(block))
+    offset = address(array) - address(bytes_of(block))
     strides = None if array.flags.c_contiguous else array.strides
     return (text, array.shape, offset, strides, readonly), block
 
@@ -188,8 +192,7 @@ def array(form: Form, block: Block | None) -> NDArray[Any]:
         if dtype.itemsize and 0 not in shape:
             raise ValueError(f"an array of shape {shape} has bytes")
         return numpy.empty(shape, dtype)
-    # A memoryview between them: numpy.ndarray keeps its buffer, but not the export.
-    found: NDArray[Any] = numpy.ndarray(shape, dtype, memoryview(block), offset, strides)
+    found: NDArray[Any] = numpy.ndarray(shape, dtype, bytes_of(block), offset, strides)
     if readonly:
         found.flags.writeable = False
     return found
@@ -220,11 +223,16 @@ def block_under(array: NDArray[Any], heap: HeapBase) -> Block | None:
 
     Found by its address: whoever made it, and whatever keeps its memory.
     """
-    first = end = _address(array)
+    return heap._block_at(*extent(array))
+
+
+def extent(array: NDArray[Any]) -> tuple[int, int]:
+    """Return the address of the first byte of an array's elements, and how many bytes they span."""
+    first = end = address(array)
     for n, stride in zip(array.shape, array.strides, strict=True):
         first += min((n - 1) * stride, 0)
         end += max((n - 1) * stride, 0)
-    return heap._block_at(first, end + array.itemsize - first)
+    return first, end + array.itemsize - first
 
 
 @functools.lru_cache(maxsize=256)
@@ -270,9 +278,7 @@ def _new(
     nbytes = math.prod(lengths) * kind.itemsize
     if nbytes == 0:
         return numpy.empty(lengths, kind, order)
-    # A memoryview between them: numpy.ndarray keeps its buffer, but not the export.
-    buffer = memoryview(heap.alloc(nbytes, zero=zero))
-    return numpy.ndarray(lengths, kind, buffer, order=order)
+    return numpy.ndarray(lengths, kind, bytes_of(heap.alloc(nbytes, zero=zero)), order=order)
 
 
 def _check_dtype(dtype: np.dtype[Any]) -> None:
@@ -299,18 +305,24 @@ def _copied(
     block = heap.alloc(array.nbytes, zero=array.dtype.names is not None)
     if order == "K":
         order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-    copy: NDArray[Any] = numpy.ndarray(array.shape, array.dtype, memoryview(block), order=order)
+    copy: NDArray[Any] = numpy.ndarray(array.shape, array.dtype, bytes_of(block), order=order)
     copy[...] = array
     return copy, block
 
 
-def _bytes_of(block: Block) -> NDArray[Any]:
+def bytes_of(buffer: Buffer) -> NDArray[Any]:
+    """Return bytes as an array, which keeps them exported.
+
+    What is given to numpy.ndarray as its buffer must be one: of a block, and of a memoryview of a
+    block, that keeps the handle only, and the heap is unmapped under it when it is closed.
+    """
     import numpy
 
-    found: NDArray[Any] = numpy.frombuffer(memoryview(block), numpy.uint8)
+    found: NDArray[Any] = numpy.frombuffer(buffer, numpy.uint8)  # type: ignore[call-overload]
     return found
 
 
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
+def address(array: NDArray[Any]) -> int:
+    """Return where the first element of an array is."""
+    found: int = array.__array_interface__["data"][0]
+    return found

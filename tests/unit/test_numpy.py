@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from by_hand import HeapByHand, stopped
+from numpy.typing import NDArray
 
 from shmheap import Config, Heap, HeapFull
 from shmheap.arrays import block_under
@@ -340,6 +341,29 @@ def test_an_array_outlives_block_and_heap(to_close: HeapByHand) -> None:
     assert len(mappings(to_close)) == mapped
     del view
     assert len(mappings(to_close)) == mapped - 1, "the last array let the heap go"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda heap: heap.zeros(10_000),
+        lambda heap: heap.array(np.zeros((100, 100)).T),
+        lambda heap: heap.list(value=[np.zeros((100, 100))])[0],
+        lambda heap: heap.list(value=[np.zeros((100, 100)).T[::2]])[0],
+        lambda heap: heap.roots.setdefault("zeros", np.zeros(10_000)),
+    ],
+)
+def test_an_array_in_a_block_outlives_the_heap(
+    to_close: HeapByHand, make: Callable[[Heap], NDArray[Any]]
+) -> None:
+    mapped = len(mappings(to_close))
+    array = make(to_close.heap)
+    to_close.heap.close()
+    array += 1
+    assert array.sum() == array.size
+    assert len(mappings(to_close)) == mapped
+    del array
+    assert len(mappings(to_close)) == mapped - 1
 
 
 def mappings(hand: HeapByHand) -> list[tuple[int, int]]:
