@@ -293,6 +293,28 @@ def test_a_block_is_found_by_the_address_of_its_bytes(hand: HeapByHand, size: in
         assert hand.heap._block_at(first, (1 << 63) - 1) is None
 
 
+def test_a_block_is_found_by_a_buffer_of_its_bytes(hand: HeapByHand) -> None:
+    block = hand.heap.alloc(70_000)
+    for start, end in ((0, 70_000), (0, 1), (69_999, 70_000), (100, 60_000)):
+        part = memoryview(block)[start:end]
+        assert hand.heap._block_of(part) == (block, start)
+        assert hand.heap._block_of(part.toreadonly()) == (block, start)
+        part.release()
+    for none in (b"", b"abc", bytearray(100), memoryview(block)[5:5]):
+        assert hand.heap._block_of(none) is None
+    with pytest.raises(TypeError, match="bytes-like"):
+        hand.heap._block_of(1)  # type: ignore[arg-type]
+    with pytest.raises((BufferError, ValueError)):
+        hand.heap._block_of(memoryview(block)[::2])
+
+
+@pytest.mark.parametrize("size", [1000, 65_535, 65_536, 1 << 22])
+def test_put_copies_what_is_contiguous_and_what_is_not(hand: HeapByHand, size: int) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    for view in (memoryview(data)[:size], memoryview(data)[::-1][:size], memoryview(data)[::2]):
+        assert bytes(hand.heap.put(view)) == bytes(view)
+
+
 def test_what_is_found_by_address_holds_the_block(hand: HeapByHand) -> None:
     block = hand.heap.put(b"abc")
     found = hand.heap._block_at(address_of(block), 3)

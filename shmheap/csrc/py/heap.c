@@ -4,7 +4,8 @@
 
 #include <string.h>
 
-#define SUCCESSION_SLICES 2 /* who waits for a coordinator that died looks for it this often */
+#define COPY_WITH_GIL     65536 /* fewer bytes take less than handing the GIL to and fro */
+#define SUCCESSION_SLICES 2     /* who waits for a coordinator that died looks for it this often */
 
 PyObject *heap_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -186,6 +187,17 @@ static PyObject *heap_alloc_once(Heap *self, PyObject *args)
     return block != NULL || PyErr_Occurred() ? block : PyLong_FromLong((long)s);
 }
 
+/* Large ones without the GIL. */
+static int copy_in(Block *block, Py_buffer *view)
+{
+    if (view->len < COPY_WITH_GIL || !PyBuffer_IsContiguous(view, 'C'))
+        return PyBuffer_ToContiguous(block->ref.data, view, view->len, 'C');
+    Py_BEGIN_ALLOW_THREADS
+        memcpy(block->ref.data, view->buf, (size_t)view->len);
+    Py_END_ALLOW_THREADS
+    return 0;
+}
+
 static PyObject *put_view(Heap *self, Py_buffer *view)
 {
     enum sh_status s = SH_OK;
@@ -196,8 +208,7 @@ static PyObject *put_view(Heap *self, Py_buffer *view)
     PyObject *block = alloc_block(self, view->len, false, &s);
     if (block == NULL && !PyErr_Occurred())
         block = alloc_when_short(self, view->len, false, NULL, s);
-    if (block != NULL &&
-        PyBuffer_ToContiguous(((Block *)block)->ref.data, view, view->len, 'C') != 0)
+    if (block != NULL && copy_in((Block *)block, view) != 0)
         Py_CLEAR(block);
     return block;
 }
@@ -249,15 +260,11 @@ static struct box *box_at(const struct box *own, const uint8_t *byte)
     return b != NULL && !sh_is_forked(&b->ctx) ? b : NULL;
 }
 
-/* _block_at(address, nbytes) -> the Block whose bytes those are, or None. It is as that mapping of
- * the arena has it in which the address is. */
-static PyObject *heap_block_at(Heap *self, PyObject *args)
+/* The Block whose bytes those are, or None. It is as that mapping of the arena has it in which they
+ * lie. */
+static PyObject *block_at(Heap *self, const uint8_t *byte, Py_ssize_t nbytes)
 {
-    Py_ssize_t address, nbytes;
     enum sh_status s;
-    if (!PyArg_ParseTuple(args, "nn:_block_at", &address, &nbytes) || !box_usable(self->box))
-        return NULL;
-    const uint8_t *byte = (const uint8_t *)address;
     struct box *b = nbytes > 0 ? box_at(self->box, byte) : NULL;
     if (b == NULL)
         Py_RETURN_NONE;
@@ -272,6 +279,30 @@ static PyObject *heap_block_at(Heap *self, PyObject *args)
         fail(b, s);
     block_discard(block);
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+/* _block_at(address, nbytes) -> Block or None */
+static PyObject *heap_block_at(Heap *self, PyObject *args)
+{
+    Py_ssize_t address, nbytes;
+    if (!PyArg_ParseTuple(args, "nn:_block_at", &address, &nbytes) || !box_usable(self->box))
+        return NULL;
+    return block_at(self, (const uint8_t *)address, nbytes);
+}
+
+/* _block_of(buffer) -> (Block, where in it the buffer begins) or None */
+static PyObject *heap_block_of(Heap *self, PyObject *buffer)
+{
+    Py_buffer view;
+    if (!box_usable(self->box) || PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE) != 0)
+        return NULL;
+    PyObject *found = block_at(self, view.buf, view.len);
+    if (found != NULL && found != Py_None) {
+        Py_ssize_t start = (const uint8_t *)view.buf - ((Block *)found)->ref.data;
+        found = Py_BuildValue("(Nn)", found, start);
+    }
+    PyBuffer_Release(&view);
+    return found;
 }
 
 static PyObject *heap_drop_lease(Heap *self, PyObject *args)
@@ -847,6 +878,7 @@ static PyMethodDef heap_methods[] = {
     {"_alloc_once", (PyCFunction)heap_alloc_once, METH_VARARGS, NULL},
     {"_adopt", (PyCFunction)heap_adopt, METH_VARARGS, NULL},
     {"_block_at", (PyCFunction)heap_block_at, METH_VARARGS, NULL},
+    {"_block_of", (PyCFunction)heap_block_of, METH_O, NULL},
     {"_drop_lease", (PyCFunction)heap_drop_lease, METH_VARARGS, NULL},
     {"_dict_new", (PyCFunction)heap_dict_new, METH_NOARGS, NULL},
     {"_list_new", (PyCFunction)heap_list_new, METH_NOARGS, NULL},
