@@ -45,15 +45,18 @@ compile() { # SOURCE...: an object of each, two at a time
 
 core=(shmheap/csrc/*.c) # all but what knows Python
 tests=("${tests[@]/#/test_}")
-compile "${core[@]}" tests/c/support.c tests/c/hammer.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
+compile "${core[@]}" tests/c/support.c tests/c/hammer.c tests/c/oracle*.c $(printf 'tests/c/%s.c\n' "${tests[@]}")
 
 overheard=(sh_pspan_pop sh_span_freed sh_pages_commit sh_pages_give sh_defer) # by test_oracle
 
 passed=0 failed=0
 for test in "${tests[@]}"; do
-    wraps=()
-    [[ $test != test_oracle ]] || wraps=("${overheard[@]/#/-Wl,--wrap=}")
-    "${CC:-gcc}" "${flags[@]}" "${wraps[@]}" -o "$work/$test" "$work/$test.o" "$work/support.o" "$work/hammer.o" \
+    wraps=() rooms=()
+    if [[ $test == test_oracle ]]; then
+        wraps=("${overheard[@]/#/-Wl,--wrap=}")
+        rooms=("$work"/oracle*.o)
+    fi
+    "${CC:-gcc}" "${flags[@]}" "${wraps[@]}" -o "$work/$test" "$work/$test.o" "${rooms[@]}" "$work/support.o" "$work/hammer.o" \
         $(printf "$work/%s.o\n" $(basename -s .c "${core[@]}"))
     began=$SECONDS
     "$work/$test" | tee "$work/out" || true

@@ -1,8 +1,9 @@
 /*
  * The core against a naive oracle: one operation after another, chosen at random from a seed, by
  * contexts that play processes, come, fork, leave and die, and by a coordinator that collects a
- * step at a time, releases, reaps, dies and is followed. The oracle knows of each block where it
- * is, how long, its generation, its bytes and its holders, and so what each operation must say.
+ * step at a time, releases, reaps, dies and is followed. The oracle (oracle.h) knows of each block
+ * where it is, how long, its generation, its bytes or references and its holders, and so what each
+ * operation must say.
  *
  * All contexts share one mapping, and under the address sanitizer everything in it that is neither
  * a block nor cells is poisoned: whoever touches free memory, the core too, ends the run.
@@ -10,298 +11,18 @@
  * A run that fails prints its seed, its step and the last operations. SH_TEST_SEED chooses the
  * seed, SH_TEST_SCALE=67 makes it 10^7 operations.
  */
-#include "support.h"
+#include "oracle.h"
 
-#include <sanitizer/asan_interface.h>
-#include <signal.h>
 #include <string.h>
 #include <unistd.h>
 
-#define STEPS      50000u /* a test */
-#define PLAYERS    5u
-#define NAMES      24u
-#define LETTERS    256u
-#define MOST_PINS  1500u
-#define MOST_LEASE 300u
-#define ROOM       8192u /* of the oracle's tables: more than there can be */
-#define TAIL       48u   /* operations printed */
-#define BETWEEN    1000u /* steps from one look at everything to the next */
-
-/* Poisoning. What the core's rooms ask of each other is overheard (the linker's --wrap): which
- * bytes are somebody's from now on, and which are nobody's. */
-
-static void poison_run(struct sh_ctx *c, uint32_t page)
-{
-    uint64_t bytes = (uint64_t)SH_SPAN_NPAGES(sh_span(c, page)) << c->geo.page_shift;
-    ASAN_POISON_MEMORY_REGION(sh_data(c, page), bytes);
-}
-
-int64_t __real_sh_pspan_pop(struct sh_ctx *, uint32_t, struct sh_pspan **);
-int64_t __wrap_sh_pspan_pop(struct sh_ctx *c, uint32_t kind, struct sh_pspan **out)
-{
-    int64_t index = __real_sh_pspan_pop(c, kind, out);
-    uint64_t size = c->kinds[kind].size;
-    if (index >= 0)
-        ASAN_UNPOISON_MEMORY_REGION(sh_data(c, (*out)->page) + (uint64_t)index * size, size);
-    return index;
-}
-
-void __real_sh_span_freed(struct sh_ctx *, uint32_t, uint64_t, const _Atomic uint64_t *);
-void __wrap_sh_span_freed(struct sh_ctx *c, uint32_t page, uint64_t span,
-                          const _Atomic uint64_t *word)
-{
-    const struct sh_kind *k = &c->kinds[SH_SPAN_KIND(span)];
-    uint64_t index = (uint64_t)(word - sh_words(c, page, k->tier));
-    ASAN_POISON_MEMORY_REGION(sh_data(c, page) + index * k->size, k->size);
-    __real_sh_span_freed(c, page, span, word);
-}
-
-/* Runs that are used whole: large blocks and cells. */
-enum sh_status __real_sh_pages_commit(struct sh_ctx *, uint32_t, uint32_t);
-enum sh_status __wrap_sh_pages_commit(struct sh_ctx *c, uint32_t page, uint32_t npages)
-{
-    enum sh_status status = __real_sh_pages_commit(c, page, npages);
-    if (status == SH_OK)
-        ASAN_UNPOISON_MEMORY_REGION(sh_data(c, page), (uint64_t)npages << c->geo.page_shift);
-    return status;
-}
-
-void __real_sh_defer(struct sh_ctx *, uint32_t);
-void __wrap_sh_defer(struct sh_ctx *c, uint32_t page)
-{
-    poison_run(c, page);
-    __real_sh_defer(c, page);
-}
-
-enum sh_status __real_sh_pages_give(struct sh_ctx *, const uint32_t *, uint32_t, int);
-enum sh_status __wrap_sh_pages_give(struct sh_ctx *c, const uint32_t *pages, uint32_t n,
-                                    int wait_ms)
-{
-    for (uint32_t i = 0; i < n; i++)
-        poison_run(c, pages[i]);
-    return __real_sh_pages_give(c, pages, n, wait_ms);
-}
-
-/* What the oracle knows */
-
-struct block {
-    uint64_t off, gen, nbytes;
-    uint64_t room; /* bytes that nobody else has */
-    uint64_t seed; /* of its bytes */
-    _Atomic uint64_t *word;
-    uint32_t holders, lost; /* lost: counted, and then it died before it wrote the holder (I-6) */
-    uint32_t touched;       /* the epoch */
-    bool marked;
-};
-
-struct hold {
-    struct block *block;
-    uint32_t who;         /* the player who made it, who may be dead */
-    struct sh_ref ref;    /* a pin's */
-    struct handle handle; /* a lease's */
-};
-
-struct holds {
-    struct hold at[ROOM];
-    uint32_t n;
-};
-
-struct player {
-    struct sh_ctx c;
-    uint32_t id; /* 0: nobody is here */
-};
-
-enum cycle {
-    START,
-    MARK,
-    FINISH,
-    SWEEP,
-    STAMP,
-    END
-};
-
-struct did {
-    uint64_t step;
-    const char *what;
-    uint64_t with[4];
-};
-
-struct oracle {
-    int fd;
-    struct rng rng;
-    struct sh_ctx anchor, lead; /* anchor: the mapping that all share */
-    struct player player[PLAYERS];
-    uint32_t last_id;
-
-    struct block *block[ROOM]; /* by offset */
-    uint32_t nblocks;
-    uint64_t bytes;
-    uint32_t lost;
-    bool sees_holders; /* the coordinator counts them while it marks */
-    struct holds pins, leases;
-    struct block *root[NAMES];
-    struct handle letter[LETTERS]; /* also of blocks that are long gone */
-    uint64_t *next_gen;            /* of each place of 16 bytes, the least that may come */
-
-    enum cycle next;
-    uint32_t phase, epoch, stamp, page;
-    uint32_t target; /* pins to be reached */
-
-    uint64_t step;
-    struct did tail[TAIL];
-    uint64_t opened, stale, full, swept;
-};
-
-static struct oracle *running;
-
-static void say_tail(void)
-{
-    const char *seed = getenv("SH_TEST_SEED");
-    for (uint64_t i = running->step > TAIL ? running->step - TAIL : 0; i <= running->step; i++) {
-        const struct did *d = &running->tail[i % TAIL];
-        if (d->what != NULL && d->step == i)
-            fprintf(stderr, "  %8llu %-10s %llu %llu %llu %llu\n", (unsigned long long)d->step,
-                    d->what, (unsigned long long)d->with[0], (unsigned long long)d->with[1],
-                    (unsigned long long)d->with[2], (unsigned long long)d->with[3]);
-    }
-    fprintf(stderr, "failed at step %llu of seed %s\n", (unsigned long long)running->step,
-            seed == NULL ? "0" : seed);
-    fflush(stderr);
-}
-
-static void say_tail_and_die(int number)
-{
-    say_tail();
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
-static void did(struct oracle *o, const char *what, uint64_t a, uint64_t b, uint64_t c, uint64_t d)
-{
-    o->tail[o->step % TAIL] = (struct did){o->step, what, {a, b, c, d}};
-}
-
-static uint32_t pick(struct oracle *o, uint32_t n)
-{
-    return rng_below(&o->rng, n);
-}
-
-static uint64_t pick_64(struct oracle *o)
-{
-    uint64_t high = pick(o, UINT32_MAX);
-    return high << 32 | pick(o, UINT32_MAX);
-}
-
-/* Blocks */
-
-/* How many begin before an offset. */
-static uint32_t place_of(const struct oracle *o, uint64_t off)
-{
-    uint32_t low = 0, high = o->nblocks;
-    while (low < high) {
-        uint32_t middle = (low + high) / 2;
-        if (o->block[middle]->off < off)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-static struct block *find(const struct oracle *o, uint64_t off, uint64_t gen)
-{
-    uint32_t i = place_of(o, off);
-    bool found = i < o->nblocks && o->block[i]->off == off && o->block[i]->gen == gen;
-    return found ? o->block[i] : NULL;
-}
-
-static uint8_t *data_of(const struct oracle *o, const struct block *b)
-{
-    return o->anchor.base + o->anchor.geo.data + b->off;
-}
-
-static void touch(const struct oracle *o, struct block *b)
-{
-    if (o->phase != SH_IDLE)
-        b->touched = o->epoch;
-}
-
-/* A collection that is under way does not free it. */
-static bool is_kept(const struct oracle *o, const struct block *b)
-{
-    return b->marked || b->touched == o->epoch;
-}
-
-static void enter_block(struct oracle *o, struct block *b)
-{
-    uint32_t i = place_of(o, b->off);
-    CHECK(b->off + b->room <= o->anchor.geo.capacity);
-    CHECK(i == 0 || o->block[i - 1]->off + o->block[i - 1]->room <= b->off);
-    CHECK(i == o->nblocks || b->off + b->room <= o->block[i]->off);
-    CHECK(b->gen >= o->next_gen[b->off / 16]);
-    CHECK(o->nblocks < ROOM);
-    memmove(&o->block[i + 1], &o->block[i], (o->nblocks++ - i) * sizeof *o->block);
-    o->block[i] = b;
-    o->bytes += b->nbytes;
-}
-
-static void forget_block(struct oracle *o, struct block *b)
-{
-    uint32_t i = place_of(o, b->off);
-    CHECK(o->block[i] == b);
-    memmove(&o->block[i], &o->block[i + 1], (--o->nblocks - i) * sizeof *o->block);
-    o->bytes -= b->nbytes;
-    o->lost -= b->lost;
-    o->next_gen[b->off / 16] = b->gen + 1;
-    free(b);
-}
-
-static void held(struct oracle *o, struct block *b)
-{
-    touch(o, b);
-    b->holders++;
-}
-
-/* The last one frees it, unless a death has left its count too high. */
-static void dropped(struct oracle *o, struct block *b)
-{
-    touch(o, b);
-    if (--b->holders == 0 && b->lost == 0)
-        forget_block(o, b);
-}
-
-static void add_hold(struct holds *h, struct hold one)
-{
-    CHECK(h->n < ROOM);
-    h->at[h->n++] = one;
-}
-
-static struct hold take_hold(struct holds *h, uint32_t i)
-{
-    struct hold one = h->at[i];
-    h->at[i] = h->at[--h->n];
-    return one;
-}
-
-static struct hold *find_lease(struct oracle *o, const struct handle *h, const struct block *b)
-{
-    for (uint32_t i = 0; b != NULL && i < o->leases.n; i++) {
-        struct hold *one = &o->leases.at[i];
-        if (one->block == b && one->handle.cell == h->cell && one->handle.seq == h->seq)
-            return one;
-    }
-    return NULL;
-}
+#define STEPS       50000u /* a test */
+#define MOST_PINS   1500u
+#define MOST_LEASE  300u
+#define MOST_BLOCKS 3000u /* that others are made to hold */
+#define BETWEEN     1000u /* steps from one look at everything to the next */
 
 /* Players */
-
-static struct player *player_of(struct oracle *o, uint32_t id)
-{
-    for (uint32_t i = 0; i < PLAYERS; i++)
-        if (o->player[i].id == id)
-            return &o->player[i];
-    return NULL;
-}
 
 static struct player *somebody(struct oracle *o)
 {
@@ -320,12 +41,6 @@ static struct hold *some_pin(struct oracle *o, struct player **p)
             return one;
     }
     return NULL;
-}
-
-static void map_shared(struct oracle *o, struct sh_ctx *c)
-{
-    CHECK_OK(sh_map(c, dup(o->fd), true));
-    arena_share(c, &o->anchor);
 }
 
 static void join(struct oracle *o)
@@ -366,6 +81,14 @@ static void die(struct oracle *o)
     did(o, "die", p->id, 0, 0, 0);
     arena_die(&p->c);
     p->id = 0;
+}
+
+/* What an operation has put off is done, too. */
+static enum sh_status worked_off(struct player *p, enum sh_status status)
+{
+    while (status == SH_DEFERRED || status == SH_BUSY)
+        status = sh_flush(&p->c, 1000);
+    return status;
 }
 
 /* No room: is that so? */
@@ -481,12 +204,21 @@ static void check_ref(const struct oracle *o, const struct sh_ref *r, const stru
     CHECK(r->nbytes == b->nbytes);
     CHECK(r->gen == b->gen);
     CHECK(r->word == b->word);
-    CHECK(content_is(r->data, 0, b->nbytes, b->seed));
+    CHECK(is_right(o, b));
 }
 
-static void new_block(struct oracle *o, struct player *p, const struct sh_ref *r, uint64_t nbytes)
+/* A pin of a block that was there. */
+static void got(struct oracle *o, const struct player *p, const struct sh_ref *r, struct block *b)
 {
-    struct block *b = calloc(1, sizeof *b);
+    check_ref(o, r, b);
+    held(o, b);
+    add_hold(&o->pins, (struct hold){.block = b, .who = p->id, .ref = *r});
+}
+
+static void new_block(struct oracle *o, struct player *p, const struct sh_ref *r, uint64_t nbytes,
+                      uint32_t nrefs)
+{
+    struct block *b = calloc(1, sizeof *b + nrefs * sizeof *b->ref);
     uint64_t page_bytes = 1ull << o->anchor.geo.page_shift;
     uint32_t kind = class_of(nbytes);
     CHECK(b != NULL && r->kind == kind && r->nbytes == nbytes);
@@ -496,27 +228,18 @@ static void new_block(struct oracle *o, struct player *p, const struct sh_ref *r
     b->room = kind == SH_KIND_LARGE ? (nbytes + page_bytes - 1) / page_bytes * page_bytes
                                     : sh_classes[kind].size;
     b->word = r->word;
+    b->nrefs = nrefs;
     b->seed = pick_64(o);
     CHECK(b->off % alignment_of(b->room, page_bytes) == 0);
     enter_block(o, b);
-    content_write(r->data, 0, nbytes, b->seed);
-    held(o, b);
-    add_hold(&o->pins, (struct hold){.block = b, .who = p->id, .ref = *r});
+    content_write(r->data, bytes_from(b), nbytes, b->seed);
+    got(o, p, r, b);
 }
 
-static void make_block(struct oracle *o)
+/* There was no room for it: nor is there a block that it might have. */
+static void must_lack_block(struct oracle *o, struct player *p, enum sh_status status,
+                            uint64_t nbytes)
 {
-    struct player *p = somebody(o);
-    uint64_t nbytes = random_size(o);
-    bool zero = pick(o, 2);
-    struct sh_ref r;
-    did(o, "alloc", p->id, nbytes, zero, 0);
-    enum sh_status status = sh_alloc(&p->c, nbytes, zero, 1000, &r);
-    if (status == SH_OK) {
-        CHECK(!zero || content_is_zero(r.data, nbytes));
-        new_block(o, p, &r, nbytes);
-        return;
-    }
     uint32_t kind = class_of(nbytes);
     bool large = kind == SH_KIND_LARGE;
     must_lack_room(o, status,
@@ -525,6 +248,44 @@ static void make_block(struct oracle *o)
         return;
     CHECK(!has_block(&p->c, kind, SH_BLOCK_FREE));
     CHECK(status == SH_LIMIT || !has_block(&p->c, kind, SH_BLOCK_HOLE));
+}
+
+static void make_leaf(struct oracle *o)
+{
+    struct player *p = somebody(o);
+    uint64_t nbytes = random_size(o);
+    bool zero = pick(o, 2);
+    struct sh_ref r;
+    did(o, "alloc", p->id, nbytes, zero, 0);
+    enum sh_status status = sh_alloc(&p->c, nbytes, zero, 1000, &r);
+    if (status != SH_OK) {
+        must_lack_block(o, p, status, nbytes);
+        return;
+    }
+    CHECK(!zero || content_is_zero(r.data, nbytes));
+    new_block(o, p, &r, nbytes, 0);
+}
+
+/* Few references, as a rule; so many now and then that they go in slices. */
+static void make_node(struct oracle *o)
+{
+    struct player *p = somebody(o);
+    uint32_t nrefs = 1 + pick(o, pick(o, 30) == 0 ? 600 : 6), more = pick(o, 9);
+    uint64_t nbytes = sizeof(struct sh_node) + 8ull * nrefs + more;
+    struct sh_ref r;
+    did(o, "node", p->id, nrefs, more, 0);
+    enum sh_status status = sh_node_new(&p->c, SH_NODE_PLAIN, nrefs, more, 1000, &r);
+    if (status != SH_OK) {
+        must_lack_block(o, p, status, nbytes);
+        return;
+    }
+    CHECK(content_is_zero(r.data + sizeof(struct sh_node), nbytes - sizeof(struct sh_node)));
+    new_block(o, p, &r, nbytes, nrefs);
+}
+
+static void make_block(struct oracle *o)
+{
+    (pick(o, 3) == 0 ? make_node : make_leaf)(o);
 }
 
 static void drop_pin(struct oracle *o)
@@ -575,7 +336,74 @@ static void rewrite(struct oracle *o)
     did(o, "write", p->id, one->block->off, 0, 0);
     check_ref(o, &one->ref, one->block);
     one->block->seed = pick_64(o);
-    content_write(one->ref.data, 0, one->block->nbytes, one->block->seed);
+    content_write(one->ref.data, bytes_from(one->block), one->block->nbytes, one->block->seed);
+}
+
+/* References */
+
+static struct hold *some_node(struct oracle *o, struct player **p)
+{
+    struct hold *one = some_pin(o, p);
+    for (uint32_t tries = 0; one != NULL && one->block->nrefs == 0; tries++)
+        one = tries < 8 ? some_pin(o, p) : NULL;
+    return one;
+}
+
+static struct hold *some_pin_of(struct oracle *o, const struct player *p)
+{
+    for (uint32_t tries = 0; tries < 8; tries++) {
+        struct hold *one = &o->pins.at[pick(o, o->pins.n)];
+        if (one->who == p->id)
+            return one;
+    }
+    return NULL;
+}
+
+static void store_one(struct oracle *o, struct player *p, const struct hold *node, uint32_t i,
+                      const struct hold *to)
+{
+    struct block **place = &node->block->ref[i], *before = *place;
+    node_store(&p->c, &node->ref, i, to == NULL ? NULL : &to->ref);
+    *place = to == NULL ? NULL : to->block;
+    if (to != NULL)
+        held(o, to->block);
+    if (before != NULL)
+        dropped(o, before);
+}
+
+/* One place, or a part of a wide node, names another block that its holder has, or none. */
+static void store(struct oracle *o)
+{
+    struct player *p;
+    const struct hold *node = some_node(o, &p), *to;
+    if (node == NULL)
+        return;
+    uint32_t n = node->block->nrefs, i = pick(o, n), end = n > 100 && i + 300 < n ? i + 300 : i + 1;
+    to = pick(o, 4) == 0 || o->nblocks > MOST_BLOCKS ? NULL : some_pin_of(o, p);
+    did(o, "store", p->id, node->block->off, i, to == NULL ? 0 : to->block->off);
+    check_ref(o, &node->ref, node->block);
+    for (; i < end; i++)
+        store_one(o, p, node, i, to);
+}
+
+static void load(struct oracle *o)
+{
+    struct player *p;
+    const struct hold *node = some_node(o, &p);
+    struct sh_ref r;
+    if (node == NULL || o->pins.n > 2 * MOST_PINS)
+        return;
+    uint32_t i = pick(o, node->block->nrefs);
+    struct block *b = node->block->ref[i];
+    did(o, "load", p->id, node->block->off, i, b == NULL ? 0 : b->off);
+    enum sh_status status = sh_node_load(&p->c, &node->ref, i, 1000, &r);
+    if (status == SH_FULL || status == SH_LIMIT) {
+        must_lack_room(o, status, 1);
+        return;
+    }
+    CHECK_IS(status, b != NULL ? SH_OK : SH_ABSENT);
+    if (b != NULL)
+        got(o, p, &r, b);
 }
 
 /* A process dies between counting up and writing the holder: the block stays until a collection. */
@@ -608,10 +436,10 @@ static void drop_lease(struct oracle *o)
 {
     struct player *p = somebody(o);
     struct handle h = o->letter[pick(o, LETTERS)];
-    struct block *b = find(o, h.off, h.gen);
+    struct block *b = find_block(o, h.off, h.gen);
     struct hold *lease = find_lease(o, &h, b);
     did(o, "recall", p->id, h.off, h.gen, lease != NULL);
-    enum sh_status status = sh_lease_drop(&p->c, h.off, h.gen, h.cell, h.seq, 1000);
+    enum sh_status status = worked_off(p, sh_lease_drop(&p->c, h.off, h.gen, h.cell, h.seq, 1000));
     CHECK_IS(status, lease != NULL ? SH_OK : SH_STALE);
     if (lease != NULL)
         dropped(o, take_hold(&o->leases, (uint32_t)(lease - o->leases.at)).block);
@@ -641,7 +469,7 @@ static void lease(struct oracle *o)
 static void open_handle(struct oracle *o, const char *what, const struct handle *h)
 {
     struct player *p = somebody(o);
-    struct block *b = find(o, h->off, h->gen);
+    struct block *b = find_block(o, h->off, h->gen);
     struct hold *lease = find_lease(o, h, b);
     bool condemned = b != NULL && lease == NULL && o->phase == SH_SWEEP && !is_kept(o, b);
     struct sh_ref r;
@@ -658,9 +486,7 @@ static void open_handle(struct oracle *o, const char *what, const struct handle 
     o->stale += status == SH_STALE;
     if (status != SH_OK)
         return;
-    check_ref(o, &r, b);
-    held(o, b);
-    add_hold(&o->pins, (struct hold){.block = b, .who = p->id, .ref = r});
+    got(o, p, &r, b);
     if (lease != NULL)
         dropped(o, take_hold(&o->leases, (uint32_t)(lease - o->leases.at)).block);
 }
@@ -721,7 +547,7 @@ static void set_root(struct oracle *o)
         return;
     text_of(number, name);
     did(o, "set", p->id, number, one->block->off, one->block->gen);
-    CHECK_OK(sh_root_set(&p->c, name, 6, &one->ref, 1000));
+    CHECK_OK(worked_off(p, sh_root_set(&p->c, name, 6, &one->ref, 1000)));
     held(o, one->block);
     o->root[number] = one->block;
     if (before != NULL)
@@ -743,11 +569,8 @@ static void get_root(struct oracle *o)
         return;
     }
     CHECK_IS(status, b != NULL ? SH_OK : SH_ABSENT);
-    if (b == NULL)
-        return;
-    check_ref(o, &r, b);
-    held(o, b);
-    add_hold(&o->pins, (struct hold){.block = b, .who = p->id, .ref = r});
+    if (b != NULL)
+        got(o, p, &r, b);
 }
 
 static void clear_name(struct oracle *o, uint32_t number)
@@ -757,7 +580,7 @@ static void clear_name(struct oracle *o, uint32_t number)
     char name[8];
     text_of(number, name);
     did(o, "clear", p->id, number, 0, 0);
-    CHECK_IS(sh_root_clear(&p->c, name, 6, 1000), b != NULL ? SH_OK : SH_ABSENT);
+    CHECK_IS(worked_off(p, sh_root_clear(&p->c, name, 6, 1000)), b != NULL ? SH_OK : SH_ABSENT);
     o->root[number] = NULL;
     if (b != NULL)
         dropped(o, b);
@@ -768,172 +591,7 @@ static void clear_root(struct oracle *o)
     clear_name(o, pick(o, NAMES));
 }
 
-/* The coordinator */
-
-/* A collection leaves no span without blocks. */
-static void no_span_is_empty(struct oracle *o)
-{
-    struct sh_ctx *c = &o->lead;
-    uint64_t used = atomic_load(&c->hdr->used_pages);
-    for (uint64_t page = 0; page < used; page += SH_SPAN_NPAGES(sh_span(c, (uint32_t)page))) {
-        uint64_t span = sh_span(c, (uint32_t)page);
-        CHECK(SH_SPAN_STATE(span) != SH_SMALL || !sh_span_is_empty(c, (uint32_t)page, span));
-    }
-}
-
-/* Counts that a death left too high come down to the holders, if nothing touched the block since it
- * was marked, and by the coordinator that marked it. */
-static void lower_counts(struct oracle *o)
-{
-    for (uint32_t i = 0; o->sees_holders && i < o->nblocks; i++) {
-        struct block *b = o->block[i];
-        if (!is_kept(o, b) || b->touched == o->epoch)
-            continue;
-        o->lost -= b->lost;
-        b->lost = 0;
-    }
-    o->sees_holders = false;
-}
-
-static void sweep(struct oracle *o)
-{
-    uint64_t blocks, bytes, want_blocks = 0, want_bytes = 0;
-    for (uint32_t i = o->nblocks; i-- > 0;) {
-        struct block *b = o->block[i];
-        if (is_kept(o, b))
-            continue;
-        CHECK(b->holders == 0);
-        want_blocks++;
-        want_bytes += b->nbytes;
-        forget_block(o, b);
-    }
-    lower_counts(o);
-    CHECK_OK(sh_sweep(&o->lead, &blocks, &bytes));
-    CHECK(blocks == want_blocks && bytes == want_bytes);
-    o->swept += blocks;
-    no_span_is_empty(o);
-}
-
-static void start_cycle(struct oracle *o)
-{
-    CHECK_OK(sh_start_cycle(&o->lead));
-    o->phase = SH_MARK;
-    o->epoch = o->epoch == 63 ? 1 : o->epoch + 1;
-    for (uint32_t i = 0; i < o->nblocks; i++) {
-        o->block[i]->marked = false;
-        o->block[i]->touched = 0;
-    }
-}
-
-static void mark(struct oracle *o)
-{
-    uint64_t marked, want = 0;
-    for (uint32_t i = 0; i < o->nblocks; i++)
-        want += o->block[i]->marked = o->block[i]->holders != 0 || is_kept(o, o->block[i]);
-    o->sees_holders = o->lead.recount_holders;
-    CHECK_OK(sh_mark(&o->lead, &marked));
-    CHECK(marked == want);
-}
-
-static void finish_mark(struct oracle *o)
-{
-    uint64_t touched, want = 0;
-    for (uint32_t i = 0; i < o->nblocks; i++) {
-        bool late = !o->block[i]->marked && is_kept(o, o->block[i]);
-        want += late;
-        o->block[i]->marked |= late;
-    }
-    CHECK_OK(sh_finish_mark(&o->lead, &touched));
-    CHECK(touched == want);
-    o->phase = SH_SWEEP;
-}
-
-static void cycle(struct oracle *o)
-{
-    uint64_t units;
-    did(o, "cycle", o->next, o->epoch, 0, 0);
-    switch (o->next) {
-    case START:
-        start_cycle(o);
-        break;
-    case MARK:
-        mark(o);
-        break;
-    case FINISH:
-        finish_mark(o);
-        break;
-    case SWEEP:
-        sweep(o);
-        break;
-    case STAMP:
-        CHECK_OK(sh_stamp(&o->lead, ++o->stamp, &units));
-        break;
-    case END:
-        CHECK_OK(sh_end_cycle(&o->lead, 4 << 20, false, 0));
-        o->phase = SH_IDLE;
-    }
-    o->next = o->next == END ? START : o->next + 1;
-}
-
-static void release(struct oracle *o)
-{
-    uint64_t bytes, runs;
-    uint32_t stamp = pick(o, 2) ? SH_STAMP_MAX : 1 + pick(o, o->stamp + 1);
-    uint64_t at_most = 1ull << pick(o, 24);
-    if (o->phase != SH_IDLE)
-        return;
-    did(o, "release", stamp, at_most, o->page, 0);
-    CHECK_OK(sh_release(&o->lead, stamp, at_most, &o->page, &bytes, &runs));
-}
-
-static void drop_holds_of_the_dead(struct oracle *o, struct holds *h)
-{
-    for (uint32_t i = h->n; i-- > 0;)
-        if (player_of(o, h->at[i].who) == NULL)
-            dropped(o, take_hold(h, i).block);
-}
-
-/* With or without the leases that may still be on their way. */
-static void reap(struct oracle *o)
-{
-    bool expired = pick(o, 2);
-    if (o->phase != SH_IDLE)
-        return;
-    did(o, "reap", expired, 0, 0, 0);
-    reap_dead(&o->lead, expired ? UINT64_MAX : 0);
-    drop_holds_of_the_dead(o, &o->pins);
-    if (expired)
-        drop_holds_of_the_dead(o, &o->leases);
-}
-
-static void succeed(struct oracle *o)
-{
-    uint32_t phase;
-    did(o, "succeed", o->phase, 0, 0, 0);
-    arena_die(&o->lead);
-    map_shared(o, &o->lead);
-    CHECK_OK(sh_attach_coordinator(&o->lead, 1000));
-    CHECK_OK(sh_begin(&o->lead, &phase));
-    CHECK(phase == o->phase);
-    o->next = phase == SH_SWEEP ? SWEEP : START; /* rule 13 */
-    o->sees_holders = false;
-}
-
 /* A look at everything */
-
-static void poison_what_is_free(struct oracle *o)
-{
-    struct sh_ctx *c = &o->anchor;
-    uint64_t used = atomic_load(&c->hdr->used_pages);
-    ASAN_POISON_MEMORY_REGION(sh_data(c, 0), c->geo.capacity);
-    for (uint32_t i = 0; i < o->nblocks; i++)
-        ASAN_UNPOISON_MEMORY_REGION(data_of(o, o->block[i]), o->block[i]->room);
-    for (uint64_t page = 0; page < used; page += SH_SPAN_NPAGES(sh_span(c, (uint32_t)page))) {
-        uint32_t state = SH_SPAN_STATE(sh_span(c, (uint32_t)page));
-        if (state == SH_PINS || state == SH_LEASES)
-            ASAN_UNPOISON_MEMORY_REGION(sh_data(c, (uint32_t)page), 1ull << c->geo.page_shift);
-    }
-}
 
 static void check_blocks(struct oracle *o)
 {
@@ -942,7 +600,7 @@ static void check_blocks(struct oracle *o)
         uint64_t word = atomic_load(b->word);
         CHECK(SH_BSTATE(word) == SH_BLOCK_LIVE && SH_GEN(word) == b->gen);
         CHECK(SH_COUNT(word) == b->holders + b->lost);
-        CHECK(content_is(data_of(o, b), 0, b->nbytes, b->seed));
+        CHECK(is_right(o, b));
     }
 }
 
@@ -1008,6 +666,8 @@ static const struct deed {
     {drop, 220, "drop"},
     {repin, 60, "repin"},
     {rewrite, 60, "rewrite"},
+    {store, 100, "store"},
+    {load, 40, "load"},
     {post, 60, "post"},
     {lease, 60, "lease"},
     {open_letter, 100, "open"},
@@ -1042,32 +702,6 @@ static void one_step(struct oracle *o)
     check_sums(o);
 }
 
-static struct oracle *oracle_new(uint64_t capacity, uint64_t limit)
-{
-    struct oracle *o = running = calloc(1, sizeof *o);
-    uint32_t phase;
-    CHECK(o != NULL);
-    signal(SIGABRT, say_tail_and_die);
-    signal(SIGALRM, say_tail_and_die);
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_set_death_callback(say_tail);
-#else
-    signal(SIGSEGV, say_tail_and_die);
-    signal(SIGBUS, say_tail_and_die);
-#endif
-    o->fd = arena_new(capacity, limit);
-    o->rng.state = test_seed();
-    o->next_gen = calloc(capacity / 16, sizeof *o->next_gen);
-    CHECK(o->next_gen != NULL);
-    CHECK_OK(sh_map(&o->anchor, dup(o->fd), true));
-    poison_what_is_free(o);
-    map_shared(o, &o->lead);
-    CHECK_OK(sh_attach_coordinator(&o->lead, 1000));
-    CHECK_OK(sh_begin(&o->lead, &phase));
-    join(o);
-    return o;
-}
-
 /* Everybody goes, names and leases too; nothing must be left. */
 static void oracle_end(struct oracle *o)
 {
@@ -1084,20 +718,14 @@ static void oracle_end(struct oracle *o)
         if (o->player[i].id != 0)
             arena_leave(&o->player[i].c);
     nothing_must_be_left(&o->lead);
-    ASAN_UNPOISON_MEMORY_REGION(sh_data(&o->anchor, 0), o->anchor.geo.capacity);
-    arena_leave(&o->lead);
-    sh_unmap(&o->anchor);
-    close(o->fd);
-    while (o->nblocks != 0)
-        free(o->block[--o->nblocks]);
-    free(o->next_gen);
-    free(o);
+    oracle_free(o);
 }
 
 /* How often there was no room. */
 static uint64_t run(uint64_t capacity, uint64_t limit)
 {
     struct oracle *o = oracle_new(capacity, limit);
+    join(o);
     for (uint64_t steps = test_scale(STEPS); o->step < steps; o->step++) {
         if (o->step % BETWEEN == 0)
             check_all(o);
