@@ -236,15 +236,16 @@ static void new_block(struct oracle *o, struct player *p, const struct sh_ref *r
     got(o, p, r, b);
 }
 
-/* There was no room for it: nor is there a block that it might have. */
+/* There was no room for it, and for a pin where the process has none: nor is there a block that it
+ * might have. */
 static void must_lack_block(struct oracle *o, struct player *p, enum sh_status status,
                             uint64_t nbytes)
 {
     uint32_t kind = class_of(nbytes);
-    bool large = kind == SH_KIND_LARGE;
-    must_lack_room(o, status,
-                   large ? (nbytes >> o->anchor.geo.page_shift) + 1 : p->c.kinds[kind].npages);
-    if (large || !sh_pspan_any(&p->c, SH_KIND_PINS))
+    bool large = kind == SH_KIND_LARGE, has_pin = sh_pspan_any(&p->c, SH_KIND_PINS);
+    uint64_t npages = large ? (nbytes >> o->anchor.geo.page_shift) + 1 : p->c.kinds[kind].npages;
+    must_lack_room(o, status, has_pin ? npages : npages + 1);
+    if (large || !has_pin)
         return;
     CHECK(!has_block(&p->c, kind, SH_BLOCK_FREE));
     CHECK(status == SH_LIMIT || !has_block(&p->c, kind, SH_BLOCK_HOLE));
