@@ -347,16 +347,19 @@ static enum sh_status copy_part(struct sh_ctx *c, const struct sh_use *u, uint64
     return status == SH_OK && !same ? SH_AGAIN : status;
 }
 
-/* Locked, but for moments between slices. */
+/* Lets go of what a copy in vain has, but not of its pins' spans: the next one needs as many pins,
+ * or more. Locked, but for moments between slices. */
 static void forget(struct sh_ctx *c, struct sh_copy *copy)
 {
     struct sh_found f;
+    c->keep_pins = true;
     for (uint64_t n = 0; sh_copy_next(copy, &f); n++) {
         if (n > 0 && n % SLICE == 0)
             sh_coll_breathe(c);
         if (f.pinned)
             sh_unpin_locked(c, &f.record);
     }
+    c->keep_pins = false;
     copy->n = copy->used = copy->at = 0;
 }
 
@@ -374,13 +377,12 @@ static enum sh_status try_copy(struct sh_ctx *c, struct sh_use *u, struct sh_cop
         lock ? sh_coll_lock(c, u, repair, wait_ms) : sh_coll_enter(c, u, wait_ms);
     if (status != SH_OK)
         return status;
+    forget(c, copy); /* after there are more pins, else there would be enough of them again */
     uint64_t len = len_of(u), start = bound(copy->start, len), stop = bound(copy->stop, len);
     if (wait_ms == 0 && stop > start + SLICE)
         status = SH_BUSY; /* it may take long */
     else
         status = copy_part(c, u, start, stop, copy);
-    if (status != SH_OK)
-        forget(c, copy);
     return lock ? sh_coll_done(c, u, status) : sh_coll_leave(c, status);
 }
 
@@ -395,8 +397,9 @@ static bool grow(struct sh_copy *copy)
     return true;
 }
 
-/* The items of a part, of one moment. The caller frees copy->bytes, whatever happened. SH_BUSY
- * without waiting: it may take long. Cost: reads them; the process lock. */
+/* The items of a part, of one moment. The caller reads copy to its end, and frees copy->bytes,
+ * whatever happened. SH_BUSY without waiting: it may take long. Cost: reads them; the process lock.
+ */
 enum sh_status sh_list_copy(struct sh_ctx *c, struct sh_use *u, struct sh_copy *copy, int wait_ms)
 {
     enum sh_status status;

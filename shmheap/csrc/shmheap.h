@@ -92,6 +92,7 @@ struct sh_ctx {
     struct sh_shelf shelves[SH_NKINDS];
     struct sh_pspan **pin_spans; /* by number; private, sparse: see sh_pin_cell */
     uint32_t npin_spans;
+    bool keep_pins; /* empty spans of pins are not given up: they are needed at once */
     uint32_t
         deferred; /* runs RESERVED by us that wait for the heap lock: the first, chained by link */
     _Atomic uint32_t ndeferred; /* how many */

@@ -266,7 +266,8 @@ bool sh_pspan_push(struct sh_ctx *c, struct sh_pspan *s, uint32_t index)
         s->first = index / 64;
     if (s->nfree++ == 0)
         ring_add(c, SH_AVAIL, s);
-    if (s->nfree < s->nblocks || s->next[SH_AVAIL] == s)
+    if (s->nfree < s->nblocks || s->next[SH_AVAIL] == s ||
+        (c->keep_pins && s->kind == SH_KIND_PINS))
         return false;
     uint32_t page = s->page;
     if (!sh_span_give_up(c, page, s->span, SH_RESERVED))

@@ -611,6 +611,29 @@ static void test_a_dead_ones_lock_is_taken_without_room(void)
     scene_end(s);
 }
 
+/* Of what names blocks, more than there are pins: if they are let go before there are more, there
+ * are never enough. */
+static void test_a_copy_takes_many_pins(void)
+{
+    struct scene *s = scene_new(true);
+    struct sh_ref leaf = block_new(s->witness, 50);
+    struct sh_copy copy = {.stop = INT64_MAX};
+    struct sh_found f;
+    struct sh_value v = {.kind = 40, .nrefs = 1, .refs = &leaf, .bytes = ""};
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < 3000; i++)
+        done(s->witness, sh_list_append(s->witness, &s->of_witness, &v, 1000));
+    done(s->c, sh_list_copy(s->c, &s->of_c, &copy, 1000));
+    for (; sh_copy_next(&copy, &f); n++) {
+        CHECK(f.pinned && f.nrefs == 1);
+        block_drop(s->c, &f.record);
+    }
+    CHECK(n == 3000);
+    free(copy.bytes);
+    block_drop(s->witness, &leaf);
+    scene_end(s);
+}
+
 /* Copying a list took an array of the heap. */
 static void test_a_list_is_copied_without_room(void)
 {
@@ -816,6 +839,7 @@ int main(void)
         {"deaths_in_a_list", test_deaths_in_a_list},
         {"a_key_is_replaced_while_it_is_repaired", test_a_key_is_replaced_while_it_is_repaired},
         {"a_dead_ones_lock_is_taken_without_room", test_a_dead_ones_lock_is_taken_without_room},
+        {"a_copy_takes_many_pins", test_a_copy_takes_many_pins},
         {"a_list_is_copied_without_room", test_a_list_is_copied_without_room},
         {"a_dict_is_counted_after_a_death", test_a_dict_is_counted_after_a_death},
         {"wrong_books", test_wrong_books},
