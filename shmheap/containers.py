@@ -300,6 +300,9 @@ class _Keys(KeysView[K]):
 class _Items(ItemsView[K, V]):
     _mapping: SharedDict[K, V]
 
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, tuple) and len(item) == 2 and super().__contains__(item)
+
     def __iter__(self) -> Iterator[tuple[K, V]]:
         return self._mapping._entries()
 
@@ -380,7 +383,8 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
             return cast(V, self._pop())
         while True:
             stamp = self._stamp()
-            at = range(len(self))[place]
+            size = len(self)
+            at = _place(place, size, "pop index out of range" if size else "pop from empty list")
             value: V = self[at]
             if self._splice(at, at + 1, [], stamp, True):
                 return value
@@ -418,11 +422,11 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
         """Put values in the place of a part of it, in one step."""
         while True:
             stamp = self._stamp()
-            places = range(len(self))
+            size = len(self)
             if isinstance(part, slice):
-                start, stop, _ = part.indices(len(places))
+                start, stop, _ = part.indices(size)
             else:
-                start = places[operator.index(part)]
+                start = _place(operator.index(part), size, "list assignment index out of range")
                 stop = start + 1
             if self._splice(start, max(start, stop), values, stamp):
                 return
@@ -442,6 +446,23 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
             return NotImplemented
         return self._is(other) or self._snapshot() == list(other)
 
+    def __lt__(self, other: object) -> Any:
+        return self._compared(operator.lt, other)
+
+    def __le__(self, other: object) -> Any:
+        return self._compared(operator.le, other)
+
+    def __gt__(self, other: object) -> Any:
+        return self._compared(operator.gt, other)
+
+    def __ge__(self, other: object) -> Any:
+        return self._compared(operator.ge, other)
+
+    def _compared(self, compare: Callable[[Any, Any], Any], other: object) -> Any:
+        if not isinstance(other, list | SharedList):
+            return NotImplemented
+        return compare(self._snapshot(), list(other))
+
     def __add__(self, other: object) -> list[V]:
         return self.copy() + list(other) if isinstance(other, list | SharedList) else NotImplemented
 
@@ -457,6 +478,13 @@ class SharedList(_Shared, ListBase, MutableSequence[V], Generic[V]):
         number = operator.index(times)
         self._change(lambda found: found.__imul__(number))
         return self
+
+
+def _place(index: int, size: int, otherwise: str) -> int:
+    """The place that an index of a list of that size means."""
+    if not -size <= index < size:
+        raise IndexError(otherwise)
+    return index % size
 
 
 def _is_whole(part: slice) -> bool:
@@ -499,7 +527,7 @@ class _Repr(reprlib.Repr):
         inside.add(name)
         try:
             some = [*itertools.islice(shown, most + 1)]
-        except (RuntimeError, ValueError, TypeError):  # it changes, was closed, needs a codec
+        except Exception:  # it changes, was closed, needs a codec, or the codec raises
             return "..."
         finally:
             inside.discard(name)

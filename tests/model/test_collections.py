@@ -104,6 +104,7 @@ class Collections(RuleBasedStateMachine):
         self.on_dict(lambda d: d[key])
         self.on_dict(lambda d: d.get(key, "none"))
         self.on_dict(lambda d: key in d)
+        self.on_dict(lambda d: [item in d.items() for item in (key, (key, 1), [key, 1], (key,))])
 
     @rule(key=KEYS, default=st.none() | st.just("none"))
     def pop(self, key: Any, default: Any) -> None:
@@ -170,6 +171,8 @@ class Collections(RuleBasedStateMachine):
         self.on_list(lambda s: s.extend(copied(values)))
         self.on_list(lambda s: s + values)
         self.on_list(lambda s: values + s)
+        self.on_list(lambda s: [s < values, s <= values, s > values, s >= values])
+        self.on_list(lambda s: values < s)
 
     @rule(value=VALUES, start=INDEXES, stop=INDEXES)
     def find(self, value: Any, start: int, stop: int) -> None:

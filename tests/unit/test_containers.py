@@ -22,6 +22,18 @@ import shmheap
 from shmheap import Heap, HeapFull, SharedDict, SharedList, containers
 
 
+class Unreadable:
+    """A codec."""
+
+    name = "pickle"
+
+    def dumps(self, value: Any, /) -> bytes:
+        return pickle.dumps(value)
+
+    def loads(self, data: bytes, /) -> Any:
+        raise KeyError(data)
+
+
 @pytest.fixture
 def hand(heap_name: str) -> Iterator[HeapByHand]:
     with HeapByHand(heap_name) as hand:
@@ -265,8 +277,8 @@ def test_representations_are_bounded(heap: Heap) -> None:
 
 def test_representations_do_not_fail(closing: Heap) -> None:
     shared = closing.dict(value={"a": {1}}, codec="pickle")
-    shared.codec = None
-    assert repr(shared) == "SharedDict({...})"
+    for shared.codec in (None, Unreadable()):
+        assert repr(shared) == "SharedDict({...})"
     closing.close()
     assert repr(shared) == "SharedDict({closed})"
 
