@@ -14,6 +14,9 @@ General layout, from the ground up:
     verify                  the books against the witness
     testing                 fake time and ordered events, also for users' tests
     plugins/                numpy: what is done for other packages
+    payload, wires          how a value travels; the pipes between a pool and a worker
+    dispatch, pool          who has which task; Pool
+    progress                a bar
     cli/                    the commands
 
 Imports run one way, upwards; a test holds them to it. docs/invariants.md numbers what must hold.
@@ -58,8 +61,10 @@ from shmheap.errors import (
 )
 from shmheap.heap import Heap, open, unlink
 from shmheap.holders import Holder
+from shmheap.payload import readonly
+from shmheap.pool import Pool
 from shmheap.roots import Roots
-from shmheap.stats import GCReport, HeapStats, ScavengeReport
+from shmheap.stats import GCReport, HeapStats, PoolStats, ScavengeReport, Traffic
 
 __version__ = "0.1.0"
 
@@ -77,12 +82,16 @@ __all__ = [
     "HeapStats",
     "Holder",
     "Lease",
+    "Pool",
+    "PoolStats",
     "Roots",
     "ScavengeReport",
     "SharedDict",
     "SharedList",
     "StaleHandle",
+    "Traffic",
     "UntrustedArena",
     "open",
+    "readonly",
     "unlink",
 ]

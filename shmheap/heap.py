@@ -30,7 +30,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,6 +83,7 @@ STARTING_S = 1.0
 """How long this process waits for a start of its own to be over: of an interpreter, not of what it
 does then. Not for ever: it may lie on a disk that does not answer."""
 
+T = TypeVar("T")
 C = TypeVar("C", SharedDict[Any, Any], SharedList[Any])
 
 _open_heaps: weakref.WeakValueDictionary[int, Heap] = weakref.WeakValueDictionary()
@@ -745,6 +746,20 @@ def _known(nonce: int) -> Heap | None:
         heap = reference()
         if heap is not None and not heap.closed and heap.nonce == nonce:
             return heap
+    return None
+
+
+def ask_open_heaps(look: Callable[[Heap], T | None]) -> T | None:
+    """Return the first that is not None of what open heaps of this process answer."""
+    for reference in _open_heaps.valuerefs():
+        heap = reference()
+        if heap is not None and not heap.closed:
+            try:
+                found = look(heap)
+            except (HeapError, ValueError):  # a fork left it behind, or it was closed just now
+                continue
+            if found is not None:
+                return found
     return None
 
 

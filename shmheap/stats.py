@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["GCReport", "GCTrigger", "HeapStats", "ScavengeReport", "ScavengeTrigger"]
+__all__ = [
+    "GCReport",
+    "GCTrigger",
+    "HeapStats",
+    "PoolStats",
+    "ScavengeReport",
+    "ScavengeTrigger",
+    "Traffic",
+]
 
 GCTrigger = Literal["asked", "heap", "forced", "memory"]
 ScavengeTrigger = Literal["asked", "aged", "memory"]
@@ -163,3 +171,37 @@ class ScavengeReport:
             duration_ns=duration,
             trigger=_SCAVENGE_TRIGGERS[trigger],
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What became of the buffers of all arguments, or of all results, of a pool.
+
+    Attributes:
+        handle_bytes: lay in a heap already, and were sent by handle.
+        copied_bytes: were copied into the heap first; pickles of many bytes, too.
+        small_buffers, small_bytes: had fewer than ``min_bytes``: through the pipe.
+        refused_bytes: through the pipe, because the heap had no room.
+    """
+
+    handle_bytes: int = 0
+    copied_bytes: int = 0
+    small_buffers: int = 0
+    small_bytes: int = 0
+    refused_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """What a pool did so far, from ``pool.stats()``.
+
+    Attributes:
+        arguments, results: what became of their buffers.
+        tasks: number of tasks that were sent to workers; a chunk is one.
+        lost: number of those that failed because their worker died.
+    """
+
+    arguments: Traffic
+    results: Traffic
+    tasks: int
+    lost: int

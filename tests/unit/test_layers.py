@@ -30,14 +30,17 @@ PYTHON_FLOORS = (
     ("arena", "block", "arrays", "sites"),
     ("values", "roots", "holders", "containers", "coordinator", "verify"),
     ("heap",),
-    ("cache", "pool", "plugins", "testing"),
+    ("cache", "payload", "plugins", "testing", "progress"),
+    ("forking", "wires"),
+    ("dispatch",),
+    ("pool", "executor"),
     (FACE,),
     ("cli", "__main__"),
 )
 ALONE = {"rss"}
 """The independent witness imports nothing that it may be called to judge."""
 
-OUTSIDE = {"rich": {"cli"}, "numpy": {"plugins"}, "matplotlib": {"plugins", "cli"}}
+OUTSIDE = {"rich": {"cli", "progress"}, "numpy": {"plugins"}, "matplotlib": {"plugins", "cli"}}
 """Who may import these at its top; the others may inside a function, but for rich."""
 
 C_FLOORS = (

@@ -1,0 +1,376 @@
+"""How a value travels to another process: what is small through a pipe, the rest where it lies.
+
+    value --pack--> Parcel.body --pipe--> body --unpack--> value
+                    Parcel.leases: what the body names; the sender ends them with the task
+
+    body   = length of the head | head | stream
+    head   = handles and counts, by marshal; empty where the stream is all there is
+    stream = pickle, protocol 5
+
+Large buffers are not in the stream. One that lies in an open heap, found by its address, travels as
+a handle: shared. Any other is copied into the pool's heap once, and the copy is the receiver's
+alone. Pickle gives bytes and bytearrays no buffers of their own; but it hands large ones to its
+file one by one, so that a stream of many bytes is written into a block once and read from there.
+
+Nothing here runs once per small object: a pickler calls back for buffers and for exact arrays and
+blocks, and for nothing else.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import marshal
+import pickle
+import struct
+import sys
+import warnings
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmheap import arrays
+from shmheap.block import Block, Lease
+from shmheap.errors import HeapFull
+from shmheap.heap import ask_open_heaps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import TypeVar
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
+    from shmheap.heap import Heap
+
+    T = TypeVar("T")
+
+__all__ = ["MIN_BYTES", "Counts", "Packer", "Parcel", "discard", "readonly", "unpack"]
+
+MIN_BYTES = 65536
+"""Buffers from this size on are better off in the heap. Fewer bytes take less time through the pipe
+than a block, a lease and a pin take: measured, see docs/reference/bench.md."""
+
+LENGTH = struct.Struct("<I")
+NO_HEAD = LENGTH.pack(0)
+PROTOCOL = 5
+BUFFERS = "biufcSU"
+"""The kinds of dtypes of which NumPy always gives pickle a buffer; not of times, for one."""
+
+
+class Counts(NamedTuple):
+    """What became of the buffers of a value."""
+
+    handle_bytes: int = 0
+    """In blocks already: sent by handle."""
+    copied_bytes: int = 0
+    """Copied into a block first."""
+    small_buffers: int = 0
+    small_bytes: int = 0
+    """Below the threshold: through the pipe."""
+    refused_bytes: int = 0
+    """Through the pipe, because the heap had no room."""
+
+
+NONE = Counts()
+
+
+class Head(NamedTuple):
+    """What a stream refers to, in plain tuples, lists and numbers: marshal writes it."""
+
+    stream: tuple[Any, ...] | None
+    """The slice in which the stream is, if it is not in the body."""
+    buffers: Sequence[tuple[Any, ...]]
+    """(Handle, start, nbytes): slices of blocks, in the order in which the stream asks for them."""
+    handles: Sequence[tuple[Any, ...]]
+    """Further handles that are inside the stream."""
+    counts: Sequence[int]
+
+
+class Parcel(NamedTuple):
+    """A value on its way, and what the sender has to end when nobody needs it any more."""
+
+    body: bytes
+    leases: Sequence[Lease] = ()
+    counts: Counts = NONE
+
+    def release(self) -> None:
+        """End what nobody took. Idempotent."""
+        for lease in self.leases:
+            lease.release()
+
+
+class Packer:
+    """Packs values for the other processes of a heap.
+
+    Args:
+        heap: Where plain buffers are copied to.
+        min_bytes: The size from which on they are.
+        strict: Raise HeapFull where there is no room, instead of sending through the pipe.
+        views: Send every view of a heap as a handle, however small. Results are not: an array of
+            ten elements shall not keep the block of a million alive of which it is a slice.
+        body_bytes: A body of more bytes has its stream in a block.
+    """
+
+    def __init__(
+        self,
+        heap: Heap,
+        min_bytes: int = MIN_BYTES,
+        *,
+        strict: bool = False,
+        views: bool = True,
+        body_bytes: int = MIN_BYTES,
+    ) -> None:
+        self.heap = heap
+        self.min_bytes = min_bytes
+        self.strict = strict
+        self.views = views
+        self.body_bytes = body_bytes
+
+    def pack(self, value: object, *, strict: bool | None = None) -> Parcel:
+        """Return a value as a parcel.
+
+        Raises what pickling it raises, and HeapFull if strict; nothing is kept then.
+        Cost: a pickling, and for each buffer a lease, or a block and a copy without the GIL.
+        """
+        packing = _Packing(self, self.strict if strict is None else strict)
+        try:
+            return packing.pack(value)
+        except BaseException:
+            for lease in packing.leases:
+                lease.release()
+            raise
+
+
+class _Packing:
+    """One value that is being packed: what its pickler calls, and what it left behind.
+
+    Not the pickler itself: that one has methods of this in its tables, and a circle would keep the
+    value alive until a collection.
+    """
+
+    def __init__(self, packer: Packer, strict: bool) -> None:
+        self.packer = packer
+        self.strict = strict
+        self.leases: list[Lease] = []
+        self.buffers: list[tuple[Any, ...]] = []
+        self.handles: list[tuple[Any, ...]] = []
+        self.counts = [0, 0, 0, 0, 0]
+        self.copies: list[Block] = []
+        """Made here, and alive until the stream is written."""
+
+    def pack(self, value: object) -> Parcel:
+        written: list[Any] = []
+        _Pickler(written.append, self).dump(value)
+        pieces = [raw.raw() if type(raw) is pickle.PickleBuffer else raw for raw in written]
+        nbytes = LENGTH.size + sum(map(len, pieces))
+        large = nbytes > self.packer.body_bytes
+        if not large and not self.leases and not any(self.counts):
+            return Parcel(b"".join((NO_HEAD, *pieces)))
+        stream = self.stream_in_block(pieces, nbytes - LENGTH.size) if large else None
+        head = marshal.dumps((stream, self.buffers, self.handles, self.counts))
+        body = b"".join((LENGTH.pack(len(head)), head, *pieces))
+        return Parcel(body, self.leases, Counts(*self.counts))
+
+    def stream_in_block(self, pieces: list[Any], nbytes: int) -> tuple[Any, ...] | None:
+        """Write the stream into a block, unless there was no room for a part of it already."""
+        if self.counts[4]:
+            return None
+        block = self.unless_full(nbytes, lambda heap: heap.alloc(nbytes, zero=False))
+        if block is None:
+            return None
+        end = 0
+        with memoryview(block) as view:
+            for piece in pieces:
+                start, end = end, end + len(piece)
+                view[start:end] = piece
+        pieces.clear()
+        self.counts[1] += nbytes
+        return self.slice_of(block, 0, nbytes)
+
+    # What the pickler calls
+
+    def buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Take a buffer out of the stream: whether it stays in."""
+        raw = buffer.raw()
+        found = ask_open_heaps(lambda heap: heap._block_of(raw))
+        if found is not None and self.worth_a_handle(found[0], raw.nbytes):
+            block, start = found
+            self.counts[1 if block in self.copies else 0] += raw.nbytes
+        elif raw.nbytes < self.packer.min_bytes:
+            self.counts[2] += 1
+            self.counts[3] += raw.nbytes
+            return True
+        elif (copy := self.unless_full(raw.nbytes, lambda heap: heap.put(raw))) is None:
+            return True
+        else:
+            block, start = copy, 0
+            self.counts[1] += raw.nbytes
+        self.buffers.append(self.slice_of(block, start, raw.nbytes))
+        return False
+
+    def array(self, array: NDArray[Any]) -> Any:
+        """Reduce an exact array. NumPy's own way is best for most."""
+        flags, dtype = array.flags, array.dtype
+        if dtype.hasobject or array.nbytes == 0:
+            return array.__reduce_ex__(PROTOCOL)
+        if flags.forc and flags.writeable and dtype.kind in BUFFERS:
+            return array.__reduce_ex__(PROTOCOL)
+        first, nbytes = arrays.extent(array)
+        block = ask_open_heaps(lambda heap: heap._block_at(first, nbytes))
+        if block is not None:
+            return _view(array, block)
+        if array.nbytes < self.packer.min_bytes:
+            # As an older protocol has it: one that was read-only here is writable there, as it is
+            # in any other pool. It is a copy of its own.
+            return array.__reduce_ex__(2)
+        return self.copy(array)
+
+    def copy(self, array: NDArray[Any]) -> Any:
+        """Reduce an array to a copy in the heap."""
+        heap = self.packer.heap
+        copy = self.unless_full(array.nbytes, lambda heap: heap.array(array))
+        if copy is None:
+            return array.__reduce_ex__(2)
+        block = heap._block_at(*arrays.extent(copy))
+        assert block is not None
+        self.copies.append(block)
+        return _view(copy, block)
+
+    def view(self, view: memoryview) -> Any:
+        """Reduce a memoryview, which pickle itself does not."""
+        return _rebuild_memoryview, (pickle.PickleBuffer(view), view.format, view.shape)
+
+    def block(self, block: Block) -> Any:
+        """Reduce a block: as ever, but we keep the lease in mind."""
+        lease = block.lease()
+        self.leases.append(lease)
+        self.handles.append(tuple(lease.handle))
+        return lease.__reduce__()
+
+    # What they need
+
+    def worth_a_handle(self, block: Block, nbytes: int) -> bool:
+        packer = self.packer
+        return packer.views or nbytes >= min(packer.min_bytes, block.nbytes / 2)
+
+    def unless_full(self, nbytes: int, make: Callable[[Heap], T]) -> T | None:
+        """What is made in the heap; None if it is full and that is no error."""
+        try:
+            return make(self.packer.heap)
+        except HeapFull as full:
+            if self.strict:
+                raise
+            self.counts[4] += nbytes
+            warnings.warn(f"{nbytes} bytes go through a pipe: {full}", RuntimeWarning, stacklevel=2)
+            return None
+
+    def slice_of(self, block: Block, start: int, nbytes: int) -> tuple[Any, ...]:
+        lease = block.lease()
+        self.leases.append(lease)
+        return tuple(lease.handle), start, nbytes
+
+
+class _Pickler(ForkingPickler):
+    """multiprocessing's, with a third kind of callback."""
+
+    def __init__(self, write: Callable[[Any], object], packing: _Packing) -> None:
+        pickle.Pickler.__init__(
+            self, SimpleNamespace(write=write), PROTOCOL, buffer_callback=packing.buffer
+        )
+        table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
+        table[Block] = packing.block
+        table[memoryview] = packing.view
+        if (numpy := sys.modules.get("numpy")) is not None:
+            table[numpy.ndarray] = packing.array
+        self.dispatch_table = table
+
+
+def unpack(body: Buffer) -> tuple[Any, Counts]:
+    """Return the value of a parcel's body, and what became of its buffers.
+
+    Raises StaleHandle if a block of it is gone, and what unpickling raises.
+    Cost: an unpickling, and for each buffer a pin.
+    """
+    head, stream = _head_of(body)
+    if head is None:
+        return pickle.loads(stream), NONE
+    try:
+        buffers = [_take(*buffer) for buffer in head.buffers]
+        if head.stream is not None:
+            stream = _take(*head.stream)
+        return pickle.loads(stream, buffers=buffers), Counts(*head.counts)
+    except BaseException:
+        _release(head)
+        raise
+
+
+def discard(body: Buffer) -> None:
+    """End the leases of a parcel that nobody unpacks."""
+    head, _ = _head_of(body)
+    if head is not None:
+        _release(head)
+
+
+def _head_of(body: Buffer) -> tuple[Head | None, memoryview]:
+    (nbytes,) = LENGTH.unpack_from(body)
+    view, end = memoryview(body), LENGTH.size + nbytes
+    return (Head(*marshal.loads(view[LENGTH.size : end])) if nbytes else None), view[end:]
+
+
+def _take(handle: tuple[Any, ...], start: int, nbytes: int) -> memoryview:
+    return memoryview(Lease(handle).take())[start : start + nbytes]
+
+
+def _release(head: Head) -> None:
+    slices = [*head.buffers, *([head.stream] if head.stream else [])]
+    for handle in (*(named for named, _, _ in slices), *head.handles):
+        Lease(handle).release()
+
+
+# Views
+
+
+def readonly(value: Any) -> Any:
+    """Return a view of an array, or of anything bytes-like, through which nobody writes.
+
+    Sent to another process it arrives as read-only there, too. That is a matter of manners: the
+    memory can be written to by whoever has it under another name. What does not lie in a heap is
+    copied on its way, and the copy of an array is the receiver's own to write to.
+
+    Cost: O(1).
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        view = value.view()
+        view.flags.writeable = False
+        return view
+    return memoryview(value).toreadonly()
+
+
+def _view(array: NDArray[Any], block: Block) -> tuple[Any, ...]:
+    """Reduce an array that lies in a block, whatever its strides."""
+    first, nbytes = arrays.extent(array)
+    start = first - arrays.address(arrays.bytes_of(block))
+    raw = memoryview(block)[start : start + nbytes]
+    if not array.flags.writeable:
+        raw = raw.toreadonly()
+    offset = arrays.address(array) - first
+    form = array.dtype, array.shape, offset, array.strides
+    return _rebuild_view, (pickle.PickleBuffer(raw), *form)
+
+
+def _rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
+    return memoryview(raw).cast("B").cast(format, shape)  # type: ignore[call-overload, no-any-return]
+
+
+def _rebuild_view(
+    raw: memoryview,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    offset: int,
+    strides: tuple[int, ...],
+) -> NDArray[Any]:
+    import numpy
+
+    return numpy.ndarray(shape, dtype, arrays.bytes_of(raw), offset, strides)

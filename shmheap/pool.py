@@ -1,0 +1,214 @@
+"""Pool: multiprocessing's, whose arguments and results stay where they are.
+
+Pool                the standard library's threads, results and workers' loop
+  queues  dispatch  who has which task; what a death means
+  pipes   wires     a pair for each worker
+  bytes   payload   what is large stays in the heap, or goes there once
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.pool
+import os
+import weakref
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shmheap.config import parse_size
+from shmheap.dispatch import Dispatcher
+from shmheap.heap import Heap
+from shmheap.payload import MIN_BYTES
+from shmheap.wires import Channel, Line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from multiprocessing.process import BaseProcess
+
+    from shmheap.stats import PoolStats
+
+__all__ = ["Pool"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+class Pool(multiprocessing.pool.Pool):
+    """multiprocessing.Pool, to which and from which large buffers go without being copied.
+
+    Has its whole interface and behaviour. What lies in a heap goes to a task as a handle: shared,
+    and writable by all unless sent as `readonly(array)`. Any other array, frame or table is copied
+    into the heap once, and the copy is the task's own. Results are the caller's. A task whose
+    worker dies fails with BrokenProcessPool, and the pool goes on with a new worker.
+
+    Args:
+        processes: Number of workers; None: one for each CPU.
+        initializer: Called in each worker as it starts, with initargs.
+        initargs: Its arguments.
+        maxtasksperchild: Tasks after which a worker is replaced; None: never.
+        context: From multiprocessing.get_context: how workers are started.
+        heap: Where arguments and results are copied to; None: the pool makes one, and removes it
+            when it ends. Results stay valid as long as somebody has them.
+        min_bytes: Buffers of fewer bytes go through a pipe.
+        strict: Raise HeapFull where the heap has no room, instead of using the pipe with a warning.
+        allocator: In workers, arrays that NumPy makes are made in the heap.
+
+    Raises what multiprocessing.Pool and Heap.create raise.
+
+    Cost: that of multiprocessing.Pool, and a heap's, if it makes one.
+    """
+
+    # The standard library's own, which its stubs do not tell of.
+    _inqueue: Dispatcher
+    _outqueue: Any
+    _quick_put: Any
+    _quick_get: Any
+    _change_notifier: Any
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any = None,
+        *,
+        heap: Heap | None = None,
+        min_bytes: int | str = MIN_BYTES,
+        strict: bool = False,
+        allocator: bool = True,
+    ) -> None:
+        self._terms = heap, min_bytes, strict, allocator, processes or os.cpu_count() or 1
+        try:
+            super().__init__(processes, initializer, initargs, maxtasksperchild, context)
+        except BaseException:
+            if hasattr(self, "_inqueue"):
+                self._inqueue.close()
+            raise
+        _pools.add(self)
+
+    @property
+    def heap(self) -> Heap:
+        """The heap of arguments and results. ValueError when the pool has ended, if it made it."""
+        return self._inqueue.heap
+
+    def stats(self) -> PoolStats:
+        """Return what became of the buffers of arguments and results so far. Cost: O(1)."""
+        return self._inqueue.stats()
+
+    def map(
+        self,
+        func: Callable[[S], T],
+        iterable: Iterable[S],
+        chunksize: int | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[T]:
+        """Return the results of func for each item, as multiprocessing.Pool does.
+
+        Args:
+            func: What is called.
+            iterable: The items.
+            chunksize: Items in one task; None: a quarter of a worker's share.
+            progress: Show a bar meanwhile, on stderr.
+        """
+        result: list[T] = self._watched(self.map_async(func, iterable, chunksize), progress)
+        return result
+
+    def starmap(
+        self,
+        func: Callable[..., T],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[T]:
+        """Return the results of func for each tuple of arguments.
+
+        Args:
+            func: What is called.
+            iterable: Tuples of arguments.
+            chunksize: Tuples in one task; None: a quarter of a worker's share.
+            progress: Show a bar meanwhile, on stderr.
+        """
+        result: list[T] = self._watched(self.starmap_async(func, iterable, chunksize), progress)
+        return result
+
+    def _watched(self, result: Any, progress: bool) -> Any:
+        if progress:
+            from shmheap.progress import watch
+
+            watch(result)
+        return result.get()
+
+    def join(self) -> None:
+        """Wait for the workers' end, after close() or terminate()."""
+        super().join()
+        self._inqueue.close()
+
+    # What the standard library's pool calls
+
+    def _setup_queues(self) -> None:
+        heap, min_bytes, strict, allocator, processes = self._terms
+        self._inqueue = dispatcher = Dispatcher(
+            heap, parse_size(min_bytes), strict, allocator, processes
+        )
+        del self._terms  # the dispatcher alone keeps the heap
+        self._outqueue = SimpleNamespace(put=dispatcher.wake)
+        self._quick_put = dispatcher.put
+        self._quick_get = dispatcher.get
+
+    def _get_sentinels(self) -> list[Any]:
+        # Not the results: the thread that looks after the workers need not wake for each of them.
+        self._inqueue.on_death = partial(self._change_notifier.put, None)
+        return [self._change_notifier._reader]
+
+    @staticmethod
+    def Process(ctx: Any, *, target: Any, args: Any) -> Any:  # noqa: N802
+        """Make a worker that has a channel of its own. What it is to do comes from `args`."""
+        dispatcher, _, initializer, initargs, max_tasks, wrap = args
+        channel, line = dispatcher.connect(max_tasks)
+        process: BaseProcess = ctx.Process(
+            target=_work, args=(target, line, initializer, initargs, max_tasks, wrap)
+        )
+        process.start = partial(_start, process, dispatcher, channel)  # type: ignore[method-assign]
+        return process
+
+    @staticmethod
+    def _help_stuff_finish(inqueue: Dispatcher, _task_handler: Any, _size: int) -> None:
+        inqueue.stop()
+
+    @classmethod
+    def _terminate_pool(cls, taskqueue: Any, inqueue: Dispatcher, *rest: Any) -> None:
+        super()._terminate_pool(taskqueue, inqueue, *rest)  # type: ignore[misc]
+        inqueue.close()
+        while not taskqueue.empty():  # who keeps the pool need not keep arguments
+            taskqueue.get()
+
+
+def _start(process: BaseProcess, dispatcher: Dispatcher, channel: Channel) -> None:
+    del process.start  # what is sent to a process that is spawned is the process object
+    try:
+        process.start()
+    except BaseException:
+        dispatcher.not_started(channel)
+        raise
+    dispatcher.started(channel, process)
+
+
+def _work(loop: Callable[..., None], line: Line, *args: Any) -> None:
+    """A worker: the standard library's loop, whose queues are the line."""
+    loop(line, line, *args)
+    line.end()
+
+
+def _end_pools() -> None:
+    """At exit, before heaps are closed."""
+    for pool in list(_pools):
+        pool.terminate()
+
+
+atexit.register(_end_pools)

@@ -1,0 +1,326 @@
+"""The two ends of the pipes between a pool and one worker.
+
+    Channel (the pool's)                 Line (the worker's)
+    give(task)    --- packet: a call -->  get()
+    take_back()   <-- the same ---
+    receive()     <-- stream: results --  put()
+
+A frame is a length, a job, a place in it, and a parcel's body. The pipe of calls is in packet mode:
+each read takes one whole frame, whoever reads. So the pool can queue calls ahead, and can take one
+back that the worker has not read, without any lock: there is none that a process could die with.
+A call of more bytes than a packet has is sent alone, to a worker that has nothing else to do.
+
+The pool's ends never block.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import struct
+import sys
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.pool import (  # type: ignore[attr-defined]
+    ExceptionWithTraceback,
+    _helper_reraises_exception,
+)
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmheap.block import Block, Lease
+from shmheap.errors import HeapFull
+from shmheap.payload import Packer, Parcel, unpack
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from shmheap.block import Block
+
+__all__ = ["BODY_BYTES", "COUNT_BYTES", "Channel", "Frame", "Line", "Result", "Task", "head_of"]
+
+HEAD = struct.Struct("<QqQ")
+READY = -1
+"""The job of the frame with which a worker says that its initializer is done."""
+PACKET_BYTES = select.PIPE_BUF
+BODY_BYTES = PACKET_BYTES - HEAD.size
+"""The largest body of a call that can be queued ahead."""
+COUNT_BYTES = 8
+DEPTH = 64
+"""So many calls can be queued ahead: each packet takes a page of a pipe."""
+READ_BYTES = 65536
+"""A pipe has no more at a time."""
+
+Frame = bytes | memoryview
+Result = tuple[int, int, tuple[bool, Any]]
+"""Job, place in it, and success and value: what the standard library's pool calls a task, too."""
+
+
+class Task(NamedTuple):
+    """A packed call, and what it is to the pool."""
+
+    job: int
+    place: int
+    parcel: Parcel
+
+    @property
+    def frame_bytes(self) -> int:
+        """What it takes of a pipe."""
+        return HEAD.size + len(self.parcel.body)
+
+    @property
+    def nbytes(self) -> int:
+        """Of memory that waits with it."""
+        return len(self.parcel.body) + self.parcel.counts.copied_bytes
+
+
+def head_of(frame: Frame) -> tuple[int, int, memoryview]:
+    """Return job, place and body."""
+    _, job, place = HEAD.unpack_from(frame)
+    return job, place, memoryview(frame)[HEAD.size :]
+
+
+class Line:
+    """A worker's ends: what the standard library's worker takes for its queues."""
+
+    def __init__(
+        self,
+        calls: Connection,
+        results: Connection,
+        begun: Block | Lease,
+        packer: Packer,
+        allocator: bool,
+    ) -> None:
+        self.begun = begun
+        self.calls = calls
+        self.results = results
+        self.packer = packer
+        self.allocator = allocator
+        """Whether NumPy's own arrays are still to be made in the heap, once NumPy is there."""
+        self.allocating: AbstractContextManager[None] = nullcontext()
+        self.count: memoryview | None = None
+        """Of calls that this worker has begun with: in shared memory, it outlives this process."""
+
+    def get(self) -> tuple[Any, ...]:
+        """Return the next call. Raises EOFError when there will be none."""
+        if self.count is None:
+            begun = self.begun.take() if isinstance(self.begun, Lease) else self.begun
+            self.count = memoryview(begun).cast("Q")
+            write_all(self.results.fileno(), READY, 0, b"")
+        job, place, body = head_of(read_frame(self.calls.fileno()))
+        self.count[0] += 1
+        try:
+            call, _ = unpack(body)
+        except Exception as error:
+            call = reraise, (error,), {}
+        if call[0] is not _helper_reraises_exception:
+            call = run, ([call],), {}
+        if self.allocator and "numpy" in sys.modules:
+            self.allocator = False
+            self._allocate()
+        return job, place, *call
+
+    def put(self, result: Result) -> None:
+        """Send a result. Raises what packing it raises."""
+        job, place, outcome = result
+        if not outcome[0]:  # whose frames have all that the task had
+            error = outcome[1]
+            error = error.exc if isinstance(error, ExceptionWithTraceback) else error
+            error.__traceback__ = None
+        try:
+            body = self.packer.pack(outcome).body
+        except HeapFull as full:
+            body = self.packer.pack((False, full)).body
+        write_all(self.results.fileno(), job, place, body)
+
+    def end(self) -> None:
+        """End as a worker; once the pool has taken the last result, whose handles need a sender."""
+        self.allocating.__exit__(None, None, None)
+        with suppress(OSError):
+            os.read(self.calls.fileno(), 1)
+
+    def _allocate(self) -> None:
+        from shmheap.plugins.numpy import allocator
+
+        allocating = allocator(self.packer.heap, min_bytes=self.packer.min_bytes)
+        with suppress(ImportError):  # a NumPy that it does not know: results are copied
+            allocating.__enter__()
+            self.allocating = allocating
+
+
+def run(calls: list[Any]) -> Any:
+    """Call, and keep nothing of the call: its memory is free when the result is sent."""
+    func, args, kwds = calls.pop()
+    return func(*args, **kwds)
+
+
+def reraise(error: Exception) -> None:
+    """Fail as a task does whose arguments could not be unpacked."""
+    raise error
+
+
+def read_frame(fd: int) -> bytes:
+    """Read one call, however long that takes. Raises EOFError at the end."""
+    packets = [os.read(fd, PACKET_BYTES)]
+    missing = HEAD.size + HEAD.unpack_from(packets[0])[0] - len(packets[0]) if packets[0] else 0
+    while missing and packets[-1]:
+        packets.append(os.read(fd, PACKET_BYTES))
+        missing -= len(packets[-1])
+    if not packets[-1]:
+        raise EOFError
+    return b"".join(packets)
+
+
+def write_all(fd: int, job: int, place: int, body: bytes) -> None:
+    """Write one frame, however long that takes."""
+    rest = write_some(fd, job, place, body)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def write_some(fd: int, job: int, place: int, body: bytes) -> bytes | memoryview:
+    """Begin to write a frame; return the bytes that are left."""
+    head = HEAD.pack(len(body), job, place)
+    n = os.writev(fd, (head, body))
+    return b"" if n == len(head) + len(body) else memoryview(head + body)[n:]
+
+
+class Channel:
+    """The pool's ends, and what the worker has been given."""
+
+    def __init__(self, left: int | None, begun: Block) -> None:
+        calls = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+        results = os.pipe2(os.O_CLOEXEC)
+        with suppress(OSError):  # this user has too many pipes already
+            fcntl.fcntl(calls[1], fcntl.F_SETPIPE_SZ, DEPTH * mmap.PAGESIZE)
+        self.calls = Connection(calls[0], writable=False)
+        self.results = Connection(results[1], readable=False)
+        """The worker's ends."""
+        self.to, self.back, self.end = calls[1], results[0], -1
+        """Ours; the last one is readable once the process has ended."""
+        os.set_blocking(self.to, False)
+        os.set_blocking(self.back, False)
+        # Opened anew, for not to block is a matter of the open file, which the worker's end shares.
+        self.unread = os.open(f"/proc/self/fd/{calls[0]}", os.O_RDONLY | os.O_NONBLOCK)
+        self.lease = begun.lease()
+        self.begun = memoryview(begun).cast("Q")
+        """How many tasks the worker has begun with: it counts."""
+        self.finished = 0
+        """How many results it has sent."""
+        self.process: BaseProcess
+        self.left = left
+        """How many more tasks it takes; None: any number."""
+        self.ready = False
+        self.tasks: deque[Task] = deque()
+        """The oldest may be running; the others wait in the pipe."""
+        self.unopened = 0
+        """Results that nobody has unpacked yet."""
+        self.unsent: Any = b""
+        """Of a call that is larger than a packet."""
+        self.received = bytearray()
+
+    # Calls
+
+    def give(self, task: Task) -> bool:
+        """Send a task, if there is room for it. One that is larger than a packet is alone."""
+        if self.left is not None and len(self.tasks) >= self.left:
+            return False
+        if self.tasks and max(task.frame_bytes, self.tasks[0].frame_bytes) > PACKET_BYTES:
+            return False
+        try:
+            self.unsent = write_some(self.to, task.job, task.place, task.parcel.body)
+        except BlockingIOError:
+            return False
+        self.tasks.append(task)
+        return True
+
+    def send_more(self) -> None:
+        """Send of what is unsent: the pipe has room again."""
+        with suppress(BlockingIOError):
+            self.unsent = self.unsent[os.write(self.to, self.unsent) :]
+
+    def take_half(self) -> list[Task]:
+        """Take back half of the tasks, the oldest of those that the worker has not read."""
+        taken: list[Task] = []
+        with suppress(BlockingIOError):
+            for _ in range(len(self.tasks) // 2):
+                job, place, _body = head_of(os.read(self.unread, PACKET_BYTES))
+                found = next(t for t in self.tasks if (t.job, t.place) == (job, place))
+                self.tasks.remove(found)
+                taken.append(found)
+        return taken
+
+    def take_waiting(self) -> list[Task]:
+        """Take what a dead worker has never begun with, after its last results."""
+        running = self.begun[0] - self.finished
+        taken = list(self.tasks)[running:]
+        self.tasks = deque(list(self.tasks)[:running])
+        return taken
+
+    def finish(self, n: int) -> list[Task]:
+        """Return the oldest tasks, of which there are results."""
+        if self.left is not None:
+            self.left -= n
+        self.finished += n
+        self.unopened += n
+        return [self.tasks.popleft() for _ in range(n)]
+
+    # Results
+
+    def receive(self) -> list[Frame]:
+        """Return the frames that are complete now. Raises EOFError at the end, BlockingIOError."""
+        read = os.read(self.back, READ_BYTES)
+        if not read:
+            raise EOFError
+        if self.received:
+            self.received += read
+            if len(self.received) < HEAD.size + HEAD.unpack_from(self.received)[0]:
+                return []
+            read, self.received = bytes(self.received), bytearray()
+        return self._split(read)
+
+    def _split(self, read: bytes) -> list[Frame]:
+        frames: list[Frame] = []
+        view, start = memoryview(read), 0
+        while len(read) - start >= HEAD.size:
+            end = start + HEAD.size + HEAD.unpack_from(read, start)[0]
+            if end > len(read):
+                break
+            frames.append(view[start:end])
+            start = end
+        self.received += view[start:]
+        return frames
+
+    # Its life
+
+    def started(self, process: BaseProcess) -> None:
+        """Its process runs, and has its ends: those of ours go, so that each end has one owner."""
+        self.close_others()
+        self.process = process
+        try:
+            self.end = os.pidfd_open(process.pid)  # type: ignore[arg-type]
+        except OSError:  # an old kernel; or it has ended and is reaped, as others reap it
+            self.end = os.dup(process.sentinel)
+
+    def close_others(self) -> None:
+        """Close the worker's ends."""
+        self.calls.close()
+        self.results.close()
+
+    def hang_up(self) -> None:
+        """Tell the worker that there will be no more. Idempotent."""
+        if self.to >= 0:
+            os.close(self.to)
+            self.to = -1
+
+    def close(self) -> None:
+        """Close our ends. Idempotent."""
+        self.hang_up()
+        self.begun.release()
+        self.lease.release()
+        for fd in (self.unread, self.back, self.end):
+            if fd >= 0:
+                os.close(fd)
+        self.unread = self.back = self.end = -1

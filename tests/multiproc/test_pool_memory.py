@@ -1,0 +1,381 @@
+"""Whose memory it is: what goes to tasks and comes back, who can write to it, when it is free."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pool_work as work
+import pytest
+
+import shmheap
+from shmheap import Heap, HeapFull, Pool, PoolStats, readonly
+from shmheap.plugins.numpy import allocator
+
+METHODS = ("fork", "spawn", "forkserver")
+MakePool = Callable[..., Pool]
+N = 50_000
+"""Elements of an array that goes through the heap."""
+
+
+@pytest.fixture
+def make(heap: Heap) -> Iterator[MakePool]:
+    """Make a pool that ends with the test, after which the heap is as it was."""
+    pools: list[Pool] = []
+
+    def make(processes: int = 2, *args: Any, method: str = "fork", **named: Any) -> Pool:
+        context = multiprocessing.get_context(method)
+        pools.append(Pool(processes, *args, context=context, **{"heap": heap} | named))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.terminate()
+        pool.join()
+    pools.clear()
+    gc.collect()
+    heap.gc()
+    stats = heap.stats()
+    assert (stats.leases, stats.heap_objects) == (0, 0)
+
+
+@pytest.fixture
+def pool(make: MakePool) -> Pool:
+    return make()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_lies_in_the_heap_is_shared(make: MakePool, heap: Heap, method: str) -> None:
+    pool = make(method=method)
+    array = heap.full(N, 1.0)
+    pool.apply(work.double, (array,))
+    pool.map(work.double, [array[: N // 2], array[N // 2 :: 2]])
+    assert array.sum() == N * 2 + N * 2 * 3 / 4
+    stats = pool.stats()
+    assert stats.arguments.handle_bytes > array.nbytes * 1.9
+    assert stats.arguments.copied_bytes == 0
+    for result in pool.map(work.same, [array, array.T, array[::-1]]):
+        assert np.shares_memory(result, array)
+    del result, array
+
+
+def test_also_when_it_is_small(pool: Pool, heap: Heap) -> None:
+    array = heap.full(10, 1)
+    pool.map(work.double, [array[n : n + 1] for n in range(5)])
+    assert array.tolist() == [2] * 5 + [1] * 5
+    del array
+
+
+def test_also_when_numpy_made_it(pool: Pool, heap: Heap) -> None:
+    with allocator(heap):
+        array = np.ones(N) * 3
+    pool.apply(work.double, (array,))
+    assert array[0] == 6
+    del array
+
+
+def test_what_is_read_only_is_so_there(pool: Pool, heap: Heap) -> None:
+    array = heap.zeros(N)
+    assert pool.apply(work.try_to_write, (array,)) == "written"
+    assert "read-only" in pool.apply(work.try_to_write, (readonly(array),))
+    del array
+
+
+def test_what_does_not_lie_there_is_the_tasks_own(pool: Pool) -> None:
+    array = np.ones(N)
+    assert pool.map(work.try_to_write, [array] * 4, 1) == ["written"] * 4
+    assert pool.apply(work.try_to_write, (readonly(array),)) == "written"
+    assert array.sum() == N
+    assert pool.stats().arguments.copied_bytes == 5 * array.nbytes
+    assert pool.apply(work.total_of_list, ([array, array, np.ones(3)],)) == 2 * N + 3
+
+
+def test_bytes_and_text(pool: Pool) -> None:
+    for data in (b"abc" * 99_999, bytearray(b"abc" * 99_999), "abc" * 99_999):
+        found = pool.apply(work.same, (data,))
+        assert (found, type(found)) == (data, type(data))
+    assert pool.stats().arguments.copied_bytes > 800_000
+    assert pool.stats().results.copied_bytes > 800_000
+
+
+def test_blocks_and_collections(pool: Pool, heap: Heap) -> None:
+    block, shared = heap.alloc(1000), heap.dict()
+    same = pool.apply(work.fill, (block, 7))
+    assert same == block
+    assert bytes(block) == bytes([7]) * 1000
+    assert bytes(pool.apply(work.same, (memoryview(block)[3:5],))) == b"\7\7"
+    pool.starmap(work.set_key, [(shared, key, [key]) for key in "abc"])
+    assert sorted(shared) == ["a", "b", "c"]
+    del same, block, shared
+
+
+def test_memory_of_arguments_ends_with_the_task(pool: Pool, heap: Heap) -> None:
+    pool.map(work.total, [np.ones(N) for _ in range(20)], 1)
+    for _ in range(4):
+        with pytest.raises(ValueError, match="truth value"):
+            pool.apply(work.fail_at_three, (np.ones(N),))
+    stats = heap.stats()
+    assert (stats.heap_alloc, stats.leases) == (2 * 8, 0)
+
+
+# Results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_numpy_makes_in_a_worker_is_where_we_see_it(
+    make: MakePool, heap: Heap, method: str
+) -> None:
+    pool = make(method=method)
+    first, second = pool.map(work.like, [np.ones(N), np.ones((100, N // 100)).T])
+    assert first.sum() == 7 * N
+    assert second.flags.f_contiguous
+    assert pool.stats().results == shmheap.Traffic(handle_bytes=2 * N * 8)
+    assert heap._block_of(first) is not None
+    del first, second
+
+
+def test_a_switch_turns_that_off(make: MakePool) -> None:
+    pool = make(allocator=False)
+    result = pool.apply(work.like, (np.ones(N),))
+    assert result.sum() == 7 * N
+    assert pool.stats().results == shmheap.Traffic(copied_bytes=N * 8)
+    del result
+
+
+def test_results_are_free_when_they_are_dropped(make: MakePool, heap: Heap) -> None:
+    pool = make(1)
+    before = heap.stats().heap_alloc
+    results = pool.map(work.ones, [N] * 3, 1)
+    pool.apply(work.square, (1,))  # after which the worker holds none of them any more
+    assert heap.stats().heap_alloc - before == 3 * N * 8
+    results.pop()
+    assert heap.stats().heap_alloc - before == 2 * N * 8
+    results.clear()
+    assert heap.stats().heap_alloc == before
+
+
+def test_a_small_part_of_a_result_does_not_keep_the_rest(pool: Pool, heap: Heap) -> None:
+    parts = pool.map(work.first_ten, [N] * 10)
+    assert np.sum(parts) == 100
+    assert heap.stats().heap_alloc <= 2 * 8 + 2 * N * 8, "at most what workers have in hand"
+    del parts
+
+
+def test_results_of_workers_that_end(make: MakePool) -> None:
+    """A worker waits with its end until its last result was taken: handles need their sender."""
+    pool = make(1, maxtasksperchild=1)
+    arrays = list(pool.imap(work.ones, [N] * 5))
+    assert sum(array.sum() for array in arrays) == 5 * N
+    arrays.clear()
+
+
+# The pool's own heap
+
+
+def is_unlinked(heap: Heap) -> bool:
+    return not os.path.exists(heap._path)
+
+
+@pytest.mark.parametrize("end", ["with", "join", "terminate", "collect"])
+@pytest.mark.filterwarnings("ignore:unclosed running multiprocessing pool:ResourceWarning")
+def test_a_heap_of_its_own_ends_with_the_pool(end: str) -> None:
+    pool = Pool(2)
+    heap, path = weakref.ref(pool.heap), pool.heap._path
+    result = pool.apply(work.like, (np.ones(N),))
+    shared = pool.heap.full(10, 5)
+    assert os.path.exists(path)
+    if end == "with":
+        with pool:
+            pass
+    elif end == "join":
+        pool.close()
+        pool.join()
+    elif end == "terminate":
+        pool.terminate()
+    if end == "collect":
+        del pool
+        gc.collect()
+    else:
+        with pytest.raises(ValueError, match="ended"):
+            _ = pool.heap
+        assert pool.stats().tasks == 1
+    assert not os.path.exists(path)
+    gc.collect()
+    assert heap() is None
+    assert result.sum() == 7 * N, "it is valid as long as somebody has it"
+    assert shared.tolist() == [5] * 10
+
+
+def test_a_heap_that_was_given_stays(make: MakePool, heap: Heap) -> None:
+    pool = make()
+    assert pool.heap is heap
+    pool.terminate()
+    assert pool.heap is heap
+    assert not heap.closed
+    assert not is_unlinked(heap)
+
+
+def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    create = Heap.create
+    monkeypatch.setattr(Heap, "create", lambda: made.append((heap := create())._path) or heap)
+    for args, named in (((0,), {}), ((1, "no function"), {}), ((1,), {"maxtasksperchild": 0})):
+        with pytest.raises((ValueError, TypeError)):
+            Pool(*args, **named)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="size"):
+        Pool(1, min_bytes="many")
+    assert len(made) == 3
+    assert not any(map(os.path.exists, made))
+
+
+# A heap that is full
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_argument_that_is_larger_than_the_heap(make: MakePool, strict: bool) -> None:
+    pool = make(strict=strict)
+    array = np.ones(10**7)
+    with pytest.raises(HeapFull) if strict else pytest.warns(RuntimeWarning, match="pipe"):
+        assert pool.apply_async(work.total, (array,)).get(work.PATIENCE_S) == 10**7
+    assert pool.apply(work.square, (3,)) == 9
+    assert pool.stats().arguments.refused_bytes == (0 if strict else array.nbytes)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_result_that_is_larger_than_the_heap(make: MakePool, strict: bool) -> None:
+    pool = make(2, work.quiet, strict=strict)
+    result = pool.apply_async(work.ones, (10**7,))
+    if strict:
+        with pytest.raises(HeapFull):
+            result.get(work.PATIENCE_S)
+    else:
+        assert result.get(work.PATIENCE_S).sum() == 10**7
+        assert pool.stats().results.refused_bytes == 8 * 10**7
+    assert pool.apply(work.square, (3,)) == 9
+
+
+def test_tasks_wait_for_the_memory_of_those_that_run(make: MakePool) -> None:
+    """Three arguments that fill the heap by two thirds each, one after the other."""
+    pool = make(1, strict=True)
+    arrays = [np.full(5 * 10**6, n, "f8") for n in range(3)]
+    assert pool.map(work.total, arrays, 1) == [0, 5e6, 1e7]
+    assert pool.stats().arguments.copied_bytes == 3 * 40 * 10**6
+
+
+# Insight
+
+
+def test_stats(make: MakePool, heap: Heap) -> None:
+    pool = make(1, min_bytes="8KiB")
+    shared = heap.full(2000, 1.0)
+    pool.apply(work.total_of_list, ([shared, np.ones(2000), np.ones(10), np.ones(20)],))
+    stats = pool.stats()
+    assert isinstance(stats, PoolStats)
+    assert stats.arguments == shmheap.Traffic(
+        handle_bytes=16_000, copied_bytes=16_000, small_buffers=2, small_bytes=240
+    )
+    assert stats.results == shmheap.Traffic()
+    assert (stats.tasks, stats.lost) == (1, 0)
+    with pytest.raises(AttributeError):
+        stats.tasks = 2  # type: ignore[misc]
+    del shared
+
+
+def test_the_first_large_copy_is_told_once(
+    make: MakePool, heap: Heap, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = np.ones(1 << 17)
+    with caplog.at_level(logging.INFO, "shmheap"):
+        pool = make()
+        pool.apply(work.total, (np.ones(1000),))
+        pool.apply(work.total, (heap.full(1 << 17, 1.0),))
+        assert caplog.messages == []
+        pool.map(work.total, [large] * 3, 1)
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        assert "1048576 bytes of an argument" in caplog.text
+        assert "pool.heap.empty()" in caplog.text
+        caplog.clear()
+        pool = make(allocator=False)
+        assert pool.apply(work.ones, (1 << 17,)).sum() == 1 << 17
+        assert "of a result" in caplog.text
+        assert "allocator=True" in caplog.text
+
+
+def test_progress(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = iter(range(50))
+    assert pool.map(work.square, numbers, 3, progress=True) == [n * n for n in range(50)]
+    assert "50/50" in capsys.readouterr().err
+    assert pool.starmap(work.add, [(1, 2)], progress=True) == [3]
+    assert pool.map(work.square, [], progress=True) == []
+    with pytest.raises(ValueError, match="no 3"):
+        pool.map(work.fail_at_three, range(10), 1, progress=True)
+
+
+# Ctrl-C
+
+
+CTRL_C = """
+import os, signal, sys, threading, multiprocessing, shmheap, pool_work, numpy
+if __name__ == "__main__":
+    heap = shmheap.Heap.create(sys.argv[1], capacity="64MiB")
+    here, there = multiprocessing.Pipe()
+    try:
+        with shmheap.Pool(2, heap=heap) as pool:
+            def interrupt():
+                here.recv(), here.recv()
+                os.killpg(0, signal.SIGINT)
+            threading.Thread(target=interrupt).start()
+            pool.starmap(pool_work.tell_and_wait, [(there, numpy.ones(50_000))] * 50, 1)
+    except KeyboardInterrupt:
+        pool.join()
+        del pool
+        heap.gc()
+        print(heap.stats().heap_objects, heap.stats().leases)
+    heap.unlink()
+"""
+
+
+def test_ctrl_c_in_the_middle(heap_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C, heap_name],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=work.PATIENCE_S,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(work.__file__)},
+        check=False,
+    )
+    assert done.stdout == "0 0\n", done.stderr
+    assert done.returncode == 0
+
+
+# Forks of others
+
+
+def test_a_forked_child_leaves_the_pool_alone(pool: Pool) -> None:
+    pool.map(work.square, range(10))
+    child = os.fork()
+    if child == 0:
+        try:
+            pool.close()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.map(work.square, range(10)) == [n * n for n in range(10)]
+
+
+def test_the_heap_stays_usable_by_handles(pool: Pool) -> None:
+    """What is pickled by others' picklers is as ever."""
+    assert pickle.loads(pickle.dumps(pool.heap)) is pool.heap
