@@ -251,12 +251,13 @@ class ProcessMemory:
 
     `rss_shmem` is every shared page in its page tables, counted whole; the kernel keeps this number
     with a slack of some pages per CPU. `pss` counts a page shared by n processes as 1/n, so the sum
-    over all of them is honest. `uss` is what only this process has: what its exit would free, but
-    for pages that a tmpfs file holds anyway.
+    over all of them is honest; `pss_shmem` is its shared memory alone. `uss` is what only this
+    process has: what its exit would free, but for pages that a tmpfs file holds anyway.
     """
 
     rss_shmem: int
     pss: int
+    pss_shmem: int
     uss: int
 
 
@@ -284,6 +285,7 @@ def process_memory(pid: int) -> ProcessMemory:
     return ProcessMemory(
         rss_shmem=status.get("RssShmem", 0),
         pss=rollup.get("Pss", 0),
+        pss_shmem=rollup.get("Pss_Shmem", 0),
         uss=sum(rollup.get(name, 0) for name in private),
     )
 

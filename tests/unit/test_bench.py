@@ -185,3 +185,15 @@ def test_the_clock_of_another_process_is_its_own(common: Any) -> None:
     clock = importlib.import_module("bench_colls")._clock_of(os.getpid())
     before = time.process_time_ns()
     assert before <= clock() <= time.process_time_ns()
+
+
+def test_pool_has_every_part() -> None:
+    found = run_bench("pool", "--quick", "--json", "--peers", "Pool")
+    check_frame(found, "pool")
+    assert found["left_out"] == []
+    assert len({one["nbytes"] for one in found["transfers"]}) > 1
+    for one in found["transfers"]:
+        assert {"Pool", "memcpy each way"} <= one["ms"].keys() == one["memcpys"].keys()
+    kinds = {(one["method"], one["tasks"], one["chunks"]) for one in found["small"]}
+    assert len(kinds) == len(found["small"]) == 8
+    assert found["shared"]["Pool"].keys() == {"pss", "pss_shmem"}

@@ -34,11 +34,14 @@ Loop = Callable[[Any, Any, int], None]
 
 
 class Command(Protocol):
-    """A benchmark: `run` returns what --json prints, and the other two draw that."""
+    """A benchmark: `run` returns what --json prints, and the other two draw that.
+
+    One that has further `options` gets them in `run`.
+    """
 
     summary: str
 
-    def run(self, *, quick: bool) -> Result: ...
+    def run(self, *, quick: bool, **options: Any) -> Result: ...
 
     def show(self, result: Result) -> None: ...
 
@@ -91,9 +94,9 @@ class Case:
         self.loop(self.call, self.n, self.times)
         return self.clock() - start
 
-    def calibrate(self, slice_ns: int) -> None:
+    def calibrate(self, slice_ns: int, first: int = 10) -> None:
         """Choose `times` for a slice of about so long, after the first calls, which are slow."""
-        self.loop(self.call, self.n, 10)
+        self.loop(self.call, self.n, first)
         while (took := self.slice_ns()) < slice_ns / 2:
             self.times = max(self.times * 2, int(self.times * slice_ns / max(took, 1) / 2))
 
@@ -102,10 +105,10 @@ class Case:
         self.ns.append(self.slice_ns() / self.times)
 
 
-def measure(cases: Sequence[Case], rounds: int, slice_ms: float) -> None:
+def measure(cases: Sequence[Case], rounds: int, slice_ms: float, first: int = 10) -> None:
     """Let the cases take turns, each round starting with another one."""
     for case in cases:
-        case.calibrate(int(slice_ms * 1e6))
+        case.calibrate(int(slice_ms * 1e6), first)
     for i in range(rounds):
         for k in range(len(cases)):
             cases[(i + k) % len(cases)].run()

@@ -1,0 +1,256 @@
+"""Who carries an array to a worker and one of its size back: the candidates of `bench.py pool`.
+
+Each is a context manager that starts workers and yields what can be asked of them. Workers import
+this module, too.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.util
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any, TypeAlias
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.uint8]
+Send: TypeAlias = Callable[[], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What can be asked of a candidate's workers.
+
+    `sender(array)` makes ready whatever the candidate reuses, and returns what sends the array to a
+    worker and returns its `answer`. `on_each(function, array)` calls that in all workers at once;
+    None: nothing new would be seen.
+    """
+
+    sender: Callable[[Array], Send]
+    on_each: Callable[[Callable[[Array], object], Array], object] | None = None
+
+
+Candidate: TypeAlias = Callable[[int], AbstractContextManager[Workers]]
+"""Called with the number of workers."""
+
+
+def answer(array: Array) -> Array:
+    """Return another array of that size: every worker's task. Its first byte is one higher."""
+    found = np.empty_like(array)
+    found[:1] = array[:1] + 1
+    return found
+
+
+def bump(number: int) -> int:
+    """Return the next number: a small task."""
+    return number + 1
+
+
+def mark_done(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a small record, done: a task that takes some more pickling."""
+    return record | {"done": True}
+
+
+# --------------------------------------------------------------------------------------------------
+# The standard library
+
+
+@contextmanager
+def multiprocessing_pool(workers: int) -> Iterator[Workers]:
+    """Send by multiprocessing.Pool."""
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield Workers(
+            lambda array: lambda: pool.apply(answer, (array,)),
+            lambda function, array: pool.map(function, [array] * workers, chunksize=1),
+        )
+
+
+@contextmanager
+def executor(workers: int) -> Iterator[Workers]:
+    """Send by concurrent.futures.ProcessPoolExecutor."""
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        yield Workers(
+            lambda array: lambda: pool.submit(answer, array).result(),
+            lambda function, array: list(pool.map(function, [array] * workers)),
+        )
+
+
+def _bytes(memory: SharedMemory, nbytes: int) -> Array:
+    return np.ndarray(nbytes, np.uint8, memory.buf)  # as Python's documents have it
+
+
+@contextmanager
+def by_hand_reused(workers: int) -> Iterator[Workers]:
+    """Copy into a SharedMemory that stays, as does the one of the answer."""
+    resource_tracker.ensure_running()  # or each worker has one of its own
+    with ExitStack() as stack:
+        pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+
+        def segment(nbytes: int) -> tuple[str, Array]:
+            made = SharedMemory(create=True, size=nbytes)
+            stack.callback(made.unlink)
+            stack.callback(made.close)
+            return made.name, _bytes(made, nbytes)
+
+        def sender(array: Array) -> Send:
+            (name, there), (answers, back) = segment(array.nbytes), segment(array.nbytes)
+
+            def send() -> Array:
+                there[:] = array
+                pool.apply(_answer_in_place, (name, answers, array.nbytes))
+                return back
+
+            return send
+
+        def on_each(function: Callable[[Array], object], array: Array) -> None:
+            name, there = segment(array.nbytes)
+            there[:] = array
+            pool.starmap(_call_on, [(function, name, array.nbytes)] * workers, chunksize=1)
+
+        yield Workers(sender, on_each)
+
+
+_attached: dict[str, SharedMemory] = {}
+"""What this worker has attached and will use again."""
+
+
+def _in(name: str, nbytes: int) -> Array:
+    if name not in _attached:
+        _attached[name] = SharedMemory(name)
+    return _bytes(_attached[name], nbytes)
+
+
+def _answer_in_place(there: str, back: str, nbytes: int) -> None:
+    _in(back, nbytes)[:1] = _in(there, nbytes)[:1] + 1
+
+
+def _call_on(function: Callable[[Array], object], there: str, nbytes: int) -> None:
+    function(_in(there, nbytes))
+
+
+@contextmanager
+def by_hand_fresh(workers: int) -> Iterator[Workers]:
+    """Copy into a new SharedMemory each time; the worker makes the one of the answer."""
+    resource_tracker.ensure_running()
+    with ExitStack() as stack:
+        pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+        held = stack.enter_context(ExitStack())  # the last answer, until it is not needed any more
+
+        def send(array: Array) -> Array:
+            held.close()
+            there = SharedMemory(create=True, size=array.nbytes)
+            _bytes(there, array.nbytes)[:] = array
+            name = pool.apply(_answer_in_new, (there.name, array.nbytes))
+            there.close()
+            there.unlink()
+            back = SharedMemory(name)
+            held.callback(back.unlink)
+            held.callback(back.close)
+            return _bytes(back, array.nbytes)
+
+        yield Workers(lambda array: lambda: send(array))
+
+
+def _answer_in_new(there: str, nbytes: int) -> str:
+    sent, made = SharedMemory(there), SharedMemory(create=True, size=nbytes)
+    array, found = _bytes(sent, nbytes), _bytes(made, nbytes)
+    found[:1] = array[:1] + 1
+    sent.close()
+    made.close()
+    return made.name
+
+
+# --------------------------------------------------------------------------------------------------
+# Others
+
+
+@contextmanager
+def joblib_loky(workers: int) -> Iterator[Workers]:
+    """Send by joblib's own backend, which keeps arrays above 1 MB in a file that workers map."""
+    from joblib import Parallel, delayed
+
+    with Parallel(workers, backend="loky") as parallel:
+        yield Workers(
+            lambda array: lambda: parallel([delayed(answer)(array)])[0],
+            lambda function, array: parallel([delayed(function)(array)] * workers),
+        )
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
+
+@contextmanager
+def ray_put(workers: int) -> Iterator[Workers]:
+    """Put into Ray's object store, from which the worker maps it."""
+    import ray
+
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    try:
+        remote: Any = ray.remote(answer)
+
+        def on_each(function: Callable[[Array], object], array: Array) -> None:
+            call: Any = ray.remote(lambda there: function(there))
+            there = ray.put(array)
+            ray.get([call.remote(there) for _ in range(workers)])
+
+        yield Workers(lambda array: lambda: ray.get(remote.remote(ray.put(array))), on_each)
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def dask_scatter(workers: int) -> Iterator[Workers]:
+    """Scatter to Dask's workers."""
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.ERROR
+    )
+    with cluster, Client(cluster) as client:
+
+        def send(array: Array) -> Array:
+            there = client.scatter(array, hash=False)
+            found: Array = client.submit(answer, there, pure=False).result()
+            return found
+
+        yield Workers(
+            lambda array: lambda: send(array),
+            lambda function, array: client.run(function, array),
+        )
+
+
+PEERS: dict[str, tuple[Candidate, str | None]] = {
+    "Pool": (multiprocessing_pool, None),
+    "ProcessPoolExecutor": (executor, None),
+    "SharedMemory-fresh": (by_hand_fresh, None),
+    "SharedMemory-reused": (by_hand_reused, None),
+    "loky": (joblib_loky, "joblib"),
+    "Ray": (ray_put, "ray"),
+    "Dask": (dask_scatter, "distributed"),
+}
+"""By name, with the module that it needs. Those that fork come first: others start threads."""
+
+
+def missing(names: list[str]) -> list[str]:
+    """Return those of these peers that are not installed."""
+    needs = {name: PEERS[name][1] for name in names}
+    return [
+        name for name, module in needs.items() if module and not importlib.util.find_spec(module)
+    ]
