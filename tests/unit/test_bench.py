@@ -193,7 +193,10 @@ def test_pool_has_every_part() -> None:
     assert found["left_out"] == []
     assert len({one["nbytes"] for one in found["transfers"]}) > 1
     for one in found["transfers"]:
-        assert {"Pool", "memcpy each way"} <= one["ms"].keys() == one["memcpys"].keys()
+        names = {"shmheap, heap arrays", "shmheap, plain arrays", "Pool", "memcpy each way"}
+        assert names <= one["ms"].keys() == one["memcpys"].keys()
+        assert one["best_peer"] == "Pool"
     kinds = {(one["method"], one["tasks"], one["chunks"]) for one in found["small"]}
     assert len(kinds) == len(found["small"]) == 8
-    assert found["shared"]["Pool"].keys() == {"pss", "pss_shmem"}
+    assert {"shmheap, heap arrays", "Pool"} == found["shared"].keys()
+    assert found["left"]["used_bytes"] > found["left"]["held_bytes"]

@@ -30,9 +30,24 @@ from bench_common import (
     show_rows,
     size_text,
 )
-from pool_peers import PEERS, Array, Candidate, Workers, bump, mark_done, missing
+from bench_memory import look
+from pool_peers import (
+    COPIED,
+    COPIED_BOTH_WAYS,
+    OURS,
+    PEERS,
+    SHARED,
+    Array,
+    Candidate,
+    Workers,
+    answer,
+    bump,
+    mark_done,
+    missing,
+)
 from rich.table import Table
 
+import shmheap
 from shmheap import rss
 
 WORKERS = 2
@@ -43,6 +58,8 @@ SIZES = (1, MIB, 16 * MIB, 256 * MIB)
 PATIENCE_S = 120.0
 LEAST_ROUNDS = 5
 MEMCPY = "memcpy each way"
+SMALL = "shmheap, 1 byte"
+"""The task beside which a large one of ours is held."""
 
 TASKS: dict[str, tuple[Callable[[Any], Any], Callable[[int], Any]]] = {
     "ints": (bump, lambda i: i),
@@ -52,6 +69,9 @@ TASKS: dict[str, tuple[Callable[[Any], Any], Callable[[int], Any]]] = {
 
 CHUNKS = {"chunked": (None, 4000), "chunksize 1": (1, 400)}
 """How they are handed out, and how many at a time."""
+
+CLOCKS = ("wall", "caller's CPU", "CPU of all")
+SMALL_LIMITS = {"chunked": (1.05, 0.8), "chunksize 1": (1.25, 1.0)}
 
 METHODS = ("fork", "spawn")
 
@@ -73,16 +93,19 @@ class Pool:
         """Measure everything; some minutes and 10 GiB, `quick` some seconds."""
         left_out = missing(peers)
         found = {name: PEERS[name][0] for name in PEERS if name in peers and name not in left_out}
+        found = OURS | found
         sizes = [min(size, 2 * MIB) for size in SIZES[:3]] if quick else SIZES
         transfers = measure_transfers(found, sizes, rounds=3 if quick else 21)
         small = measure_small(rounds=3 if quick else 41)
         shared = measure_shared(found, sizes[-1])
-        rows = [row.as_json() for row in _rows(transfers, small, shared)]
+        left = measure_left(sizes[-1])
+        rows = [row.as_json() for row in _rows(transfers, small, shared, left)]
         return {
             "left_out": left_out,
             "transfers": transfers,
             "small": small,
             "shared": shared,
+            "left": left,
             "rows": rows,
         }
 
@@ -107,11 +130,24 @@ class Pool:
         figure.savefig(file, dpi=120)
 
 
-def _rows(transfers: list[Result], small: list[Result], shared: dict[str, Result]) -> Iterator[Row]:
-    large = transfers[-1]
-    size = size_text(large["nbytes"])
-    for name, memcpys in large["memcpys"].items():
-        yield Row(f"{name}: {size} there and back / {MEMCPY}", memcpys)
+def _rows(
+    transfers: list[Result], small: list[Result], shared: dict[str, Result], left: Result
+) -> Iterator[Row]:
+    large, size = transfers[-1], size_text(transfers[-1]["nbytes"])
+    yield Row(f"{size} in the heap there and back / 1 byte", large["of_small"], 3, 1.2)
+    if large["best_peer"]:
+        what = f"{large['best_peer']} / {size} in the heap"
+        yield Row(what, large["best_peer_times"], 50, 300, at_least=True)
+    what = f"{size} {{}} / {MEMCPY}"
+    yield Row(what.format("copied both ways"), large["memcpys"][COPIED_BOTH_WAYS], 2.0, 1.1)
+    yield Row(what.format("copied there, made in the heap"), large["memcpys"][COPIED])
+    for one in small:
+        what = f"{_kind(one)} / multiprocessing.Pool"
+        yield Row(what, one["ratios"]["wall"], *SMALL_LIMITS[one["chunks"]])
+        yield Row(f"{what}, by CPU time", one["ratios"]["CPU of all"])
+    what = f"shared memory of all while {SHARERS} use one array / its size"
+    yield Row(what, shared[SHARED]["pss_shmem"], 1.02, 1.0)
+    yield Row("left after the pool, of one array", 100 * left["share"], 0.1, 0, unit="%")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,15 +171,22 @@ def measure_transfers(
 
 def _transfers(there: dict[str, Workers], nbytes: int, rounds: int) -> Result:
     array = np.full(nbytes, 7, np.uint8)
-    cases = [_case(name, workers.sender(array)) for name, workers in there.items()]
-    cases.append(_case(MEMCPY, _memcpy_each_way(array)))
-    measure(cases, rounds, slice_ms=20, first=WORKERS + 1)
+    cases = {name: _case(name, workers.sender(array)) for name, workers in there.items()}
+    cases[MEMCPY] = _case(MEMCPY, _memcpy_each_way(array))
+    cases[SMALL] = _case(SMALL, there[SHARED].sender(array[:1]))
+    measure(list(cases.values()), rounds, slice_ms=20, first=WORKERS)
+    ns = {name: case.ns for name, case in cases.items()}
+    peers = {name: statistics.median(ns[name]) for name in ns.keys() & PEERS.keys()}
+    best = min(peers, key=lambda name: peers[name], default=None)
     return {
         "nbytes": nbytes,
         "rounds": rounds,
-        "ms": {case.name: statistics.median(case.ns) / 1e6 for case in cases},
-        "best_ms": {case.name: min(case.ns) / 1e6 for case in cases},
-        "memcpys": {case.name: ratio(case.ns, cases[-1].ns) for case in cases},
+        "ms": {name: statistics.median(found) / 1e6 for name, found in ns.items()},
+        "best_ms": {name: min(found) / 1e6 for name, found in ns.items()},
+        "memcpys": {name: ratio(found, ns[MEMCPY]) for name, found in ns.items()},
+        "of_small": ratio(ns[SHARED], ns[SMALL]),
+        "best_peer": best,
+        "best_peer_times": ratio(ns[best], ns[SHARED]) if best else None,
     }
 
 
@@ -172,7 +215,10 @@ def _memcpy_each_way(array: Array) -> Callable[[], Array]:
 
 def _pools(method: str) -> dict[str, Any]:
     context = multiprocessing.get_context(method)
-    return {"multiprocessing": context.Pool(WORKERS)}
+    return {
+        "multiprocessing": context.Pool(WORKERS),
+        "shmheap": shmheap.Pool(WORKERS, context=context),
+    }
 
 
 def measure_small(rounds: int) -> list[Result]:
@@ -192,16 +238,35 @@ def _small(pools: dict[str, Any], kind: str, chunks: str, rounds: int) -> Result
     function, task = TASKS[kind]
     size, count = CHUNKS[chunks]
     tasks = [task(i) for i in range(count)]
-
-    def case(name: str, pool: Any) -> Case:
-        return Case(name, lambda n: pool.map(function, n, size), tasks, clock=time.perf_counter_ns)
-
-    cases = [case(name, pool) for name, pool in pools.items()]
-    measure(cases, rounds, slice_ms=20, first=2)
-    return {
-        "us": {case.name: statistics.median(case.ns) / 1e3 / count for case in cases},
-        "ratios": {case.name: ratio(case.ns, cases[0].ns) for case in cases},
+    cases = {
+        (clock, name): Case(name, _mapping(pool, function, size), tasks, clock=_clocks(pool)[clock])
+        for clock in CLOCKS
+        for name, pool in pools.items()
     }
+    measure(list(cases.values()), rounds, slice_ms=20, first=2)
+    ns = {clock: {name: cases[clock, name].ns for name in pools} for clock in CLOCKS}
+    return {
+        "us": {
+            clock: {name: statistics.median(one) / 1e3 / count for name, one in found.items()}
+            for clock, found in ns.items()
+        },
+        "ratios": {clock: ratio(*reversed(found.values())) for clock, found in ns.items()},
+    }
+
+
+def _mapping(pool: Any, function: Callable[[Any], Any], size: int | None) -> Callable[[Any], Any]:
+    return lambda tasks: pool.map(function, tasks, size)
+
+
+def _clocks(pool: Any) -> dict[str, Callable[[], int]]:
+    """The clock on the wall, CPU time of this process, and that of the workers, too."""
+
+    def everybody() -> int:
+        workers = [Path(f"/proc/{worker.pid}/schedstat").read_text() for worker in pool._pool]
+        return time.process_time_ns() + sum(int(text.split()[0]) for text in workers)
+
+    clocks = (time.perf_counter_ns, time.process_time_ns, everybody)
+    return dict(zip(CLOCKS, clocks, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,9 +280,9 @@ def measure_shared(candidates: dict[str, Candidate], nbytes: int) -> dict[str, R
     for name, start in progress(list(candidates.items()), "one array for all"):
         with start(SHARERS) as workers:
             if workers.on_each:
-                before = _memory()
+                before = _memory(workers.servants)
                 with _all_holding(workers, array):
-                    held = _memory()
+                    held = _memory(workers.servants)
                 found[name] = {what: (held[what] - before[what]) / nbytes for what in held}
     return found
 
@@ -251,11 +316,32 @@ def _read_and_wait(folder: str, array: Array) -> None:
         fcntl.flock(gate, fcntl.LOCK_SH)
 
 
-def _memory() -> Result:
-    """Proportional sets of this process and all that it started, bytes."""
+def _memory(others: Sequence[int]) -> Result:
+    """Proportional sets of this process, of all that it started, and of others, bytes."""
     own = psutil.Process()
-    found = [rss.process_memory(p.pid) for p in (own, *own.children(recursive=True))]
+    pids = [own.pid, *(child.pid for child in own.children(recursive=True)), *others]
+    found = [rss.process_memory(pid) for pid in pids]
     return {"pss": sum(one.pss for one in found), "pss_shmem": sum(one.pss_shmem for one in found)}
+
+
+# --------------------------------------------------------------------------------------------------
+# What is left
+
+
+def measure_left(nbytes: int) -> Result:
+    """Send arrays of that size there and back, end the pool, collect, scavenge; what is held?"""
+    with shmheap.Heap.create(capacity=16 * nbytes + 64 * MIB) as heap:
+        array = np.full(nbytes, 7, np.uint8)
+        with shmheap.Pool(WORKERS, heap=heap) as pool:
+            pool.map(answer, [array, heap.array(array)] * WORKERS, chunksize=1)
+            used = look(heap)["held_bytes"]
+            pool.close()
+            pool.join()
+        heap.gc()
+        heap.scavenge(all=True)
+        left = look(heap)["held_bytes"]
+        heap.unlink()
+    return {"used_bytes": used, "held_bytes": left, "share": left / nbytes}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,13 +357,17 @@ def _transfer_table(transfers: list[Result]) -> Table:
 
 
 def _small_table(small: list[Result]) -> Table:
-    table = Table("us per small task", title=f"{WORKERS} workers")
-    for name in small[0]["us"]:
-        table.add_column(name, justify="right")
+    table = Table("us per small task", title=f"multiprocessing.Pool | shmheap, {WORKERS} workers")
+    for clock in CLOCKS:
+        table.add_column(clock, justify="right")
     for one in small:
-        what = f"{one['tasks']}, {one['chunks']}, {one['method']}"
-        table.add_row(what, *(f"{us:.3g}" for us in one["us"].values()))
+        cells = (" | ".join(f"{us:.3g}" for us in found.values()) for found in one["us"].values())
+        table.add_row(_kind(one), *cells)
     return table
+
+
+def _kind(one: Result) -> str:
+    return f"{one['tasks']}, {one['chunks']}, {one['method']}"
 
 
 def _shared_table(shared: dict[str, Result]) -> Table:

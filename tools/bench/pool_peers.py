@@ -12,8 +12,9 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -22,6 +23,9 @@ from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
+
+import shmheap
+from shmheap._core import Observer
 
 Array: TypeAlias = NDArray[np.uint8]
 Send: TypeAlias = Callable[[], Array]
@@ -33,11 +37,13 @@ class Workers:
 
     `sender(array)` makes ready whatever the candidate reuses, and returns what sends the array to a
     worker and returns its `answer`. `on_each(function, array)` calls that in all workers at once;
-    None: nothing new would be seen.
+    None: nothing new would be seen. `servants` are processes that it needs and that this one did
+    not start.
     """
 
     sender: Callable[[Array], Send]
     on_each: Callable[[Callable[[Array], object], Array], object] | None = None
+    servants: tuple[int, ...] = ()
 
 
 Candidate: TypeAlias = Callable[[int], AbstractContextManager[Workers]]
@@ -70,7 +76,7 @@ def multiprocessing_pool(workers: int) -> Iterator[Workers]:
     """Send by multiprocessing.Pool."""
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         yield Workers(
-            lambda array: lambda: pool.apply(answer, (array,)),
+            lambda array: partial(pool.apply, answer, (array,)),
             lambda function, array: pool.map(function, [array] * workers, chunksize=1),
         )
 
@@ -159,7 +165,7 @@ def by_hand_fresh(workers: int) -> Iterator[Workers]:
             held.callback(back.close)
             return _bytes(back, array.nbytes)
 
-        yield Workers(lambda array: lambda: send(array))
+        yield Workers(lambda array: partial(send, array))
 
 
 def _answer_in_new(there: str, nbytes: int) -> str:
@@ -231,10 +237,69 @@ def dask_scatter(workers: int) -> Iterator[Workers]:
             return found
 
         yield Workers(
-            lambda array: lambda: send(array),
+            lambda array: partial(send, array),
             lambda function, array: client.run(function, array),
         )
 
+
+# --------------------------------------------------------------------------------------------------
+# shmheap
+
+
+@contextmanager
+def heap_arrays(workers: int) -> Iterator[Workers]:
+    """Send what lies in the heap; the answer is made there, too."""
+    with shmheap.Pool(workers, context=multiprocessing.get_context("fork")) as pool:
+        yield Workers(
+            lambda array: partial(pool.apply, answer, (pool.heap.array(array),)),
+            lambda function, array: pool.map(
+                function, [pool.heap.array(array)] * workers, chunksize=1
+            ),
+            (_coordinator(pool.heap),),
+        )
+
+
+def _coordinator(heap: shmheap.Heap) -> int:
+    heap.gc()  # once it answers, it is there
+    with open(heap._path, "rb") as file, closing(Observer(file.fileno())) as observer:
+        pid: int = observer.header()["coordinator_pid"]
+        return pid
+
+
+@contextmanager
+def plain_arrays(workers: int) -> Iterator[Workers]:
+    """Send an array of NumPy's own: it is copied in. The answer is made in the heap."""
+    with shmheap.Pool(workers, context=multiprocessing.get_context("fork")) as pool:
+        yield Workers(lambda array: partial(pool.apply, answer, (array,)))
+
+
+@contextmanager
+def plain_both_ways(workers: int) -> Iterator[Workers]:
+    """Send an array of NumPy's own, and have one back that the worker has: both are copied in."""
+    with shmheap.Pool(workers, context=multiprocessing.get_context("fork")) as pool:
+        yield Workers(lambda array: partial(pool.apply, _answer_of_its_own, (array,)))
+
+
+_own: dict[int, Array] = {}
+"""Answers that this worker has in memory of its own."""
+
+
+def _answer_of_its_own(array: Array) -> Array:
+    if array.nbytes not in _own:
+        _own[array.nbytes] = np.frombuffer(bytearray(array.nbytes), np.uint8)
+    found = _own[array.nbytes]
+    found[:1] = array[:1] + 1
+    return found
+
+
+SHARED, COPIED, COPIED_BOTH_WAYS = (
+    f"shmheap, {what}" for what in ("heap arrays", "plain arrays", "plain both ways")
+)
+OURS: dict[str, Candidate] = {
+    SHARED: heap_arrays,
+    COPIED: plain_arrays,
+    COPIED_BOTH_WAYS: plain_both_ways,
+}
 
 PEERS: dict[str, tuple[Candidate, str | None]] = {
     "Pool": (multiprocessing_pool, None),
