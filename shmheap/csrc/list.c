@@ -117,6 +117,7 @@ static enum sh_status look_into(struct sh_ctx *c, const struct sh_use *u, uint64
     struct sh_ref r;
     struct sh_label l;
     uint64_t item = atomic_load_explicit(item_at(u, i), ACQ);
+    f->cell = item;
     if (item == 0)
         return SH_AGAIN; /* taken out meanwhile */
     if (item & SH_REF_VALUE) {
@@ -178,6 +179,7 @@ struct change {
     enum sh_status (*make)(struct sh_ctx *, struct sh_use *, const struct change *);
     int64_t i;
     const struct sh_value *v;
+    uint64_t only;
     struct sh_found *f;
 };
 
@@ -250,7 +252,13 @@ enum sh_status sh_list_append(struct sh_ctx *c, struct sh_use *u, const struct s
 static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, const struct change *one)
 {
     uint64_t len = len_of(u);
-    enum sh_status status = len != 0 ? look(c, u, len - 1, one->f) : SH_ABSENT;
+    if (len == 0)
+        return SH_ABSENT;
+    if (one->only != 0 && atomic_load_explicit(item_at(u, len - 1), ACQ) != one->only)
+        return SH_CHANGED;
+    enum sh_status status = one->f ? look(c, u, len - 1, one->f) : SH_OK;
+    if (status == SH_OK && one->f != NULL && one->f->kind >= SH_KIND_HARD)
+        return SH_CHANGED;
     if (status != SH_OK)
         return status;
     atomic_store_explicit(&tail(u)->len, len - 1, REL);
@@ -260,10 +268,11 @@ static enum sh_status take_last(struct sh_ctx *c, struct sh_use *u, const struct
     return SH_OK;
 }
 
-/* Takes out the last item. SH_ABSENT: there is none. */
-enum sh_status sh_list_pop(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_found *f)
+/* Takes out the last item. SH_ABSENT: there is none. SH_CHANGED, and only: as of sh_dict_pop. */
+enum sh_status sh_list_pop(struct sh_ctx *c, struct sh_use *u, uint64_t only, int wait_ms,
+                           struct sh_found *f)
 {
-    return change(c, u, &(struct change){.make = take_last, .f = f}, wait_ms);
+    return change(c, u, &(struct change){.make = take_last, .only = only, .f = f}, wait_ms);
 }
 
 /* Copies: a part of one moment, in memory of this process's own, because reading must not need any

@@ -182,6 +182,7 @@ struct sh_key {
 #define SH_VALUE_MAX 16384u /* bytes */
 #define SH_KEY_MAX   8192u
 #define SH_REFS_MAX  255u
+#define SH_KIND_HARD 16u  /* kinds from here on: reading one may fail */
 #define SH_COPY_MAX  128u /* key and value together */
 
 /* What was found: copied, if it is small and names nothing; else its record is pinned, and the
@@ -189,6 +190,7 @@ struct sh_key {
 struct sh_found {
     const uint8_t *key, *value;
     uint32_t key_kind, key_form, key_bytes, kind, nbytes, nrefs;
+    uint64_t cell; /* the word where it was found */
     bool pinned;
     struct sh_ref record;
     uint8_t small[SH_COPY_MAX];
@@ -223,9 +225,8 @@ enum sh_status sh_dict_get(struct sh_ctx *, struct sh_use *, const struct sh_key
                            struct sh_found *);
 enum sh_status sh_dict_set(struct sh_ctx *, struct sh_use *, const struct sh_key *,
                            const struct sh_value *, bool must_be_new, int wait_ms);
-enum sh_status sh_dict_pop(struct sh_ctx *, struct sh_use *, const struct sh_key *, int wait_ms,
-                           struct sh_found *);
-enum sh_status sh_dict_pop_last(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_found *);
+enum sh_status sh_dict_pop(struct sh_ctx *, struct sh_use *, const struct sh_key *, uint64_t only,
+                           int wait_ms, struct sh_found *);
 enum sh_status sh_dict_clear(struct sh_ctx *, struct sh_use *, int wait_ms);
 enum sh_status sh_dict_next(struct sh_ctx *, struct sh_use *, uint64_t *place, uint64_t stamp,
                             int wait_ms, struct sh_found *);
@@ -250,7 +251,8 @@ enum sh_status sh_list_set(struct sh_ctx *, struct sh_use *, int64_t i, const st
                            int wait_ms);
 enum sh_status sh_list_append(struct sh_ctx *, struct sh_use *, const struct sh_value *,
                               int wait_ms);
-enum sh_status sh_list_pop(struct sh_ctx *, struct sh_use *, int wait_ms, struct sh_found *);
+enum sh_status sh_list_pop(struct sh_ctx *, struct sh_use *, uint64_t only, int wait_ms,
+                           struct sh_found *);
 enum sh_status sh_list_splice(struct sh_ctx *, struct sh_use *, const struct sh_splice *,
                               int wait_ms);
 enum sh_status sh_list_copy(struct sh_ctx *, struct sh_use *, struct sh_copy *, int wait_ms);

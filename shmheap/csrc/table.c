@@ -118,6 +118,7 @@ static enum sh_status found(struct sh_ctx *c, const struct sh_use *u, const stru
                             struct sh_found *f)
 {
     enum sh_status status = sh_record_found(c, &s->r, &s->label, f, f->small, sizeof f->small);
+    f->cell = s->cell;
     if (status != SH_OK)
         f->pinned = false;
     else if (!f->pinned && !unchanged(u, s))
@@ -430,9 +431,13 @@ static enum sh_status delete(struct sh_ctx *c, struct sh_use *u, const struct sp
 }
 
 static enum sh_status pop_spot(struct sh_ctx *c, struct sh_use *u, const struct spot *s,
-                               struct sh_found *f)
+                               uint64_t only, struct sh_found *f)
 {
+    if (only != 0 && s->cell != only)
+        return SH_CHANGED;
     enum sh_status status = f ? found(c, u, s, f) : SH_OK;
+    if (status == SH_OK && f != NULL && f->kind >= SH_KIND_HARD)
+        return SH_CHANGED;
     if (status == SH_OK)
         status = delete(c, u, s);
     if (status == SH_AGAIN && f != NULL && f->pinned)
@@ -454,8 +459,12 @@ static bool last_spot(struct sh_ctx *c, struct sh_use *u, struct spot *s)
     return false;
 }
 
-static enum sh_status pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key, int wait_ms,
-                          struct sh_found *f)
+/* Deletes a key, or that which came last (NULL), and says what it stood for (f may be NULL).
+ * SH_ABSENT: there is none. SH_CHANGED: it is hard to read, and is still there. When it has been
+ * read, f->cell says what is to be deleted, and nothing else (only; then SH_CHANGED: it is another
+ * one by now). So what nobody could read is not lost. */
+enum sh_status sh_dict_pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
+                           uint64_t only, int wait_ms, struct sh_found *f)
 {
     enum sh_status status;
     uint32_t tries = 0;
@@ -465,22 +474,9 @@ static enum sh_status pop(struct sh_ctx *c, struct sh_use *u, const struct sh_ke
         if (status != SH_OK)
             return status;
         bool there = key != NULL ? find(c, u, key, &s) : last_spot(c, u, &s);
-        status = sh_coll_done(c, u, there ? pop_spot(c, u, &s, f) : SH_ABSENT);
+        status = sh_coll_done(c, u, there ? pop_spot(c, u, &s, only, f) : SH_ABSENT);
     } while (sh_coll_again(c, wait_ms, &status, &tries));
     return status;
-}
-
-/* Deletes a key, and says what it stood for (f may be NULL). SH_ABSENT: there is none. */
-enum sh_status sh_dict_pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *key,
-                           int wait_ms, struct sh_found *f)
-{
-    return pop(c, u, key, wait_ms, f);
-}
-
-/* The same of the key that came last. */
-enum sh_status sh_dict_pop_last(struct sh_ctx *c, struct sh_use *u, int wait_ms, struct sh_found *f)
-{
-    return pop(c, u, NULL, wait_ms, f);
 }
 
 /* Iterating */

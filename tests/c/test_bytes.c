@@ -309,9 +309,9 @@ static void use_dict(struct heap *h, struct sh_use *u)
         if (i % 2)
             note(h, sh_dict_set(&h->p, u, &k, &v, i % 4 == 1, 1));
         else
-            note(h, sh_dict_pop(&h->p, u, &k, 1, NULL));
+            note(h, sh_dict_pop(&h->p, u, &k, 0, 1, NULL));
     }
-    if (note(h, sh_dict_pop_last(&h->p, u, 1, &f)) == SH_OK)
+    if (note(h, sh_dict_pop(&h->p, u, NULL, 0, 1, &f)) == SH_OK)
         found(h, &f);
 }
 
@@ -333,7 +333,7 @@ static void use_list(struct heap *h, struct sh_use *u)
             found(h, &f);
         note(h, i % 2 ? sh_list_append(&h->p, u, &v, 1) : sh_list_set(&h->p, u, i, &v, 1));
     }
-    if (note(h, sh_list_pop(&h->p, u, 1, &f)) == SH_OK)
+    if (note(h, sh_list_pop(&h->p, u, 0, 1, &f)) == SH_OK)
         found(h, &f);
 }
 

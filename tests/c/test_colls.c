@@ -90,6 +90,21 @@ static enum sh_status got(enum sh_status status, struct sh_ctx *c)
     return status == SH_DEFERRED ? SH_OK : status;
 }
 
+/* Takes out what was found; hard values in two steps, as their readers do. */
+
+static enum sh_status dict_pop(struct sh_ctx *c, struct sh_use *u, const struct sh_key *k,
+                               struct sh_found *f)
+{
+    enum sh_status status = got(sh_dict_pop(c, u, k, 0, 1000, f), c);
+    return status == SH_CHANGED ? got(sh_dict_pop(c, u, k, f->cell, 1000, NULL), c) : status;
+}
+
+static enum sh_status list_pop(struct sh_ctx *c, struct sh_use *u, struct sh_found *f)
+{
+    enum sh_status status = got(sh_list_pop(c, u, 0, 1000, f), c);
+    return status == SH_CHANGED ? got(sh_list_pop(c, u, f->cell, 1000, NULL), c) : status;
+}
+
 /* Dicts */
 
 static void dict_put(struct sh_ctx *c, struct sh_use *u, uint32_t key, uint32_t number)
@@ -132,7 +147,7 @@ static void test_a_dict_is_one(void)
         } else if (op < 70) {
             CHECK(dict_number(c, u, key, want[key]) == want[key]);
         } else if (op < 98) {
-            enum sh_status status = got(sh_dict_pop(c, u, &k, 1000, &f), c);
+            enum sh_status status = dict_pop(c, u, &k, &f);
             CHECK_IS(status, want[key] ? SH_OK : SH_ABSENT);
             CHECK(status != SH_OK || is_value(c, &f, want[key]));
             live -= want[key] != 0;
@@ -167,7 +182,7 @@ static void test_a_dict_has_an_order(void)
         dict_put(s->c, &s->of_c, key * 7 % 101, key + 1);
     uint32_t gone = 7;
     struct sh_key k = key_of(&gone);
-    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
+    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 0, 1000, NULL));
     done(s->witness, sh_coll_size(s->witness, &s->of_witness, 1000, &n, &stamp));
     CHECK(n == 99);
     for (uint32_t i = 0; i < 100; i++) {
@@ -181,7 +196,7 @@ static void test_a_dict_has_an_order(void)
     CHECK_IS(sh_dict_next(s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_ABSENT);
     dict_put(s->c, &s->of_c, 1000, 1);
     CHECK_IS(sh_dict_next(s->witness, &s->of_witness, &place, stamp, 1000, &f), SH_CHANGED);
-    done(s->witness, sh_dict_pop_last(s->witness, &s->of_witness, 1000, &f));
+    CHECK_OK(dict_pop(s->witness, &s->of_witness, NULL, &f));
     CHECK(is_value(s->witness, &f, 1));
     scene_end(s);
 }
@@ -206,6 +221,25 @@ static void test_values_name_blocks(void)
     block_drop(s->witness, &again);
     dict_put(s->witness, &s->of_witness, key, 1);
     CHECK_IS(handle_open(s->c, &h, &again), SH_STALE);
+    scene_end(s);
+}
+
+/* What is hard to read is there until it has been read, and what came in its place then stays. */
+static void test_hard_values_are_taken_out_last(void)
+{
+    struct scene *s = scene_new(false);
+    struct sh_found f;
+    uint32_t key = 1;
+    struct sh_key k = key_of(&key);
+    dict_put(s->c, &s->of_c, key, 2); /* of kind 21 */
+    CHECK_IS(got(sh_dict_pop(s->c, &s->of_c, &k, 0, 1000, &f), s->c), SH_CHANGED);
+    CHECK(dict_number(s->witness, &s->of_witness, key, 2) == 2 && is_value(s->c, &f, 2));
+    dict_put(s->witness, &s->of_witness, key, 5);
+    CHECK_IS(got(sh_dict_pop(s->c, &s->of_c, &k, f.cell, 1000, NULL), s->c), SH_CHANGED);
+    CHECK_IS(got(sh_dict_pop(s->c, &s->of_c, NULL, f.cell, 1000, NULL), s->c), SH_CHANGED);
+    CHECK_OK(dict_pop(s->c, &s->of_c, &k, &f));
+    CHECK_IS(got(sh_dict_pop(s->c, &s->of_c, &k, f.cell, 1000, NULL), s->c), SH_ABSENT);
+    CHECK(is_value(s->c, &f, 5) && dict_number(s->c, &s->of_c, key, 0) == 0);
     scene_end(s);
 }
 
@@ -293,7 +327,7 @@ static void test_a_list_is_one(void)
             CHECK_IS(status, n ? SH_OK : SH_ABSENT);
             want[at] = number;
         } else if (op < 97) {
-            enum sh_status status = got(sh_list_pop(c, u, 1000, &f), c);
+            enum sh_status status = list_pop(c, u, &f);
             CHECK_IS(status, n ? SH_OK : SH_ABSENT);
             CHECK(n == 0 || is_value(c, &f, want[--n]));
         } else {
@@ -402,9 +436,9 @@ static void change_dict(void *arg)
         dict_put(s->c, &s->of_c, key, key + 1000);
     for (uint32_t key = 0; key < 40; key += 3) {
         struct sh_key k = key_of(&key);
-        done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
+        done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 0, 1000, NULL));
     }
-    done(s->c, sh_dict_pop_last(s->c, &s->of_c, 1000, &f));
+    CHECK_OK(dict_pop(s->c, &s->of_c, NULL, &f));
     if (f.pinned)
         block_drop(s->c, &f.record);
     done(s->c, sh_dict_clear(s->c, &s->of_c, 1000));
@@ -419,7 +453,7 @@ static void change_list(void *arg)
         done(s->c, sh_list_append(s->c, &s->of_c, &v, 1000));
     }
     for (uint32_t i = 0; i < 10; i++) {
-        done(s->c, sh_list_pop(s->c, &s->of_c, 1000, &f));
+        CHECK_OK(list_pop(s->c, &s->of_c, &f));
         if (f.pinned)
             block_drop(s->c, &f.record);
     }
@@ -456,7 +490,7 @@ static void dict_must_be_whole(struct scene *s)
     CHECK(dict_number(c, u, 77, 5) == 5);
     done(c, sh_coll_size(c, u, 1000, &n, &stamp));
     CHECK(keys_met(c, u, stamp) == n);
-    while (got(sh_dict_pop_last(c, u, 1000, &f), c) == SH_OK)
+    while (dict_pop(c, u, NULL, &f) == SH_OK)
         if (f.pinned)
             block_drop(c, &f.record);
     done(c, sh_coll_size(c, u, 1000, &n, &stamp));
@@ -473,7 +507,7 @@ static void list_must_be_whole(struct scene *s)
     struct sh_value v = value_of(&more);
     done(c, sh_list_append(c, u, &v, 1000)); /* takes the lock of the dead */
     done(c, sh_coll_size(c, u, 1000, &n, &stamp));
-    done(c, sh_list_pop(c, u, 1000, &f));
+    CHECK_OK(list_pop(c, u, &f));
     CHECK(is_value(c, &f, more));
     bool spliced = false; /* 20 to 29 are left, of 0 to 29 */
     for (uint64_t i = 0; i + 1 < n; i++) {
@@ -604,7 +638,7 @@ static void test_a_dead_ones_lock_is_taken_without_room(void)
     struct crowd all = crowd_in(w, &s->of_witness.coll);
     uint32_t key = 1;
     struct sh_key k = key_of(&key);
-    CHECK_IS(sh_dict_pop(w, &s->of_witness, &k, 1000, NULL), SH_LIMIT);
+    CHECK_IS(sh_dict_pop(w, &s->of_witness, &k, 0, 1000, NULL), SH_LIMIT);
     atomic_store(&w->hdr->limit_units, all.limit);
     dict_must_go_on(s, 1002);
     crowd_out(w, &all);
@@ -657,7 +691,7 @@ static void pop_1(void *arg)
     struct scene *s = arg;
     uint32_t key = 1;
     struct sh_key k = key_of(&key);
-    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 1000, NULL));
+    done(s->c, sh_dict_pop(s->c, &s->of_c, &k, 0, 1000, NULL));
 }
 
 /* Who asks for the number of keys does not take the lock of the dead. */
@@ -830,6 +864,7 @@ int main(void)
         {"a_dict_is_one", test_a_dict_is_one},
         {"a_dict_has_an_order", test_a_dict_has_an_order},
         {"values_name_blocks", test_values_name_blocks},
+        {"hard_values_are_taken_out_last", test_hard_values_are_taken_out_last},
         {"a_list_is_one", test_a_list_is_one},
         {"parts_of_a_list", test_parts_of_a_list},
         {"a_copy_is_of_one_moment", test_a_copy_is_of_one_moment},

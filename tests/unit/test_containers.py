@@ -220,6 +220,24 @@ def test_reading_needs_no_room(heap_name: str) -> None:
         heap.unlink()
 
 
+def test_what_cannot_be_read_is_not_taken_out(heap: Heap) -> None:
+    """It was gone then."""
+    mapping = heap.dict(value={"a": {1}}, codec="pickle")
+    sequence = heap.list(value=[{1}], codec="pickle")
+    mapping.codec, sequence.codec = None, Unreadable()
+    with pytest.raises(TypeError, match="'pickle'"):
+        mapping.pop("a", 1)
+    with pytest.raises(TypeError, match="'pickle'"):
+        mapping.popitem()
+    with pytest.raises(KeyError):
+        sequence.pop()
+    with pytest.raises(KeyError):
+        sequence.pop(0)
+    mapping.codec = sequence.codec = "pickle"
+    assert (mapping, sequence) == ({"a": {1}}, [{1}])
+    assert (mapping.pop("a"), sequence.pop(), len(mapping), len(sequence)) == ({1}, {1}, 0, 0)
+
+
 # Sending and copying
 
 

@@ -14,7 +14,7 @@ enum {
     SH_V_STR,   /* UTF-8 */
     SH_V_BYTES,
     SH_V_COMPLEX, /* of a key: two doubles */
-    SH_V_OTHER = 16
+    SH_V_OTHER = SH_KIND_HARD
 };
 
 /* The handle: its collection and the body seen last, both pinned. */

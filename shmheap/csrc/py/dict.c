@@ -245,42 +245,87 @@ static int set(Coll *self, PyObject *key_object, PyObject *object, bool must_be_
     return PyErr_Occurred() ? -1 : s == SH_OK;
 }
 
-/* Takes a key out. *value: what it stood for, if it is asked for. 0: there is no such key. */
-static int take_out(Coll *self, PyObject *key_object, PyObject **value)
+static int delete(Coll *self, PyObject *key_object)
 {
     struct key key;
-    struct sh_found f;
     enum sh_status s;
     struct box *b = self->box;
     if (!coll_usable(self) || !key_from(key_object, &key))
         return -1;
     box_enter(b);
-    DO(b, s, sh_dict_pop(&b->ctx, &self->use, &key.k, wait, value ? &f : NULL));
-    if (value != NULL)
-        *value = result(self, s, &f);
-    else if (s != SH_OK && s != SH_ABSENT && !PyErr_Occurred())
+    DO(b, s, sh_dict_pop(&b->ctx, &self->use, &key.k, 0, wait, NULL));
+    if (s == SH_ABSENT && !PyErr_Occurred())
+        PyErr_SetObject(PyExc_KeyError, key_object);
+    else if (s != SH_OK && !PyErr_Occurred())
         fail(b, s);
     box_leave(b);
     Py_XDECREF(key.owner);
-    return PyErr_Occurred() ? -1 : s == SH_OK;
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 static int dict_ass_subscript(Coll *self, PyObject *key, PyObject *value)
 {
-    if (value != NULL)
-        return set(self, key, value, false) < 0 ? -1 : 0;
-    int found = take_out(self, key, NULL);
-    if (found == 0)
-        PyErr_SetObject(PyExc_KeyError, key);
-    return found == 1 ? 0 : -1;
+    if (value == NULL)
+        return delete(self, key);
+    return set(self, key, value, false) < 0 ? -1 : 0;
+}
+
+static PyObject *value_of(Coll *self, struct sh_found *f)
+{
+    return value_decode((PyObject *)self, self->box, f);
+}
+
+static PyObject *pair_of(Coll *self, struct sh_found *f)
+{
+    PyObject *key = key_decode(f);
+    PyObject *value = value_of(self, f);
+    PyObject *both = key && value ? PyTuple_Pack(2, key, value) : NULL;
+    Py_XDECREF(key);
+    Py_XDECREF(value);
+    return both;
+}
+
+/* Takes out a key, or the last one (NULL), when it has been read. NULL without an error: there is
+ * none. */
+static PyObject *take_out(Coll *self, const struct sh_key *key,
+                          PyObject *(*read)(Coll *, struct sh_found *))
+{
+    struct sh_found f;
+    enum sh_status s, out = SH_CHANGED;
+    struct box *b = self->box;
+    PyObject *what = NULL;
+    while (out == SH_CHANGED) {
+        Py_CLEAR(what);
+        DO(b, s, sh_dict_pop(&b->ctx, &self->use, key, 0, wait, &f));
+        if (s != SH_OK && s != SH_CHANGED)
+            return PyErr_Occurred() || s == SH_ABSENT ? NULL : fail(b, s);
+        uint64_t cell = f.cell;
+        what = read(self, &f);
+        if (s == SH_OK || what == NULL)
+            return what;
+        DO(b, out, sh_dict_pop(&b->ctx, &self->use, key, cell, wait, NULL));
+        out = out == SH_ABSENT ? SH_CHANGED : out;
+    }
+    if (out != SH_OK)
+        Py_CLEAR(what);
+    if (out != SH_OK && !PyErr_Occurred())
+        fail(b, out);
+    return what;
 }
 
 /* _pop(key) -> value */
-static PyObject *dict_pop(Coll *self, PyObject *key)
+static PyObject *dict_pop(Coll *self, PyObject *key_object)
 {
-    PyObject *value = NULL;
-    if (take_out(self, key, &value) == 0)
-        PyErr_SetObject(PyExc_KeyError, key);
+    struct key key;
+    struct box *b = self->box;
+    if (!coll_usable(self) || !key_from(key_object, &key))
+        return NULL;
+    box_enter(b);
+    PyObject *value = take_out(self, &key.k, value_of);
+    box_leave(b);
+    Py_XDECREF(key.owner);
+    if (value == NULL && !PyErr_Occurred())
+        PyErr_SetObject(PyExc_KeyError, key_object);
     return value;
 }
 
@@ -298,34 +343,17 @@ static PyObject *dict_setdefault(Coll *self, PyObject *const *args, Py_ssize_t n
     }
 }
 
-static PyObject *pair(Coll *self, struct sh_found *f)
-{
-    PyObject *key = key_decode(f);
-    PyObject *value = value_decode((PyObject *)self, self->box, f);
-    PyObject *both = key && value ? PyTuple_Pack(2, key, value) : NULL;
-    Py_XDECREF(key);
-    Py_XDECREF(value);
-    return both;
-}
-
 static PyObject *dict_popitem(Coll *self, PyObject *unused)
 {
-    struct sh_found f;
-    enum sh_status s;
     struct box *b = self->box;
-    PyObject *item = NULL;
     (void)unused;
     if (!coll_usable(self))
         return NULL;
     box_enter(b);
-    DO(b, s, sh_dict_pop_last(&b->ctx, &self->use, wait, &f));
-    if (s == SH_OK)
-        item = pair(self, &f);
-    else if (s == SH_ABSENT)
-        PyErr_SetString(PyExc_KeyError, "popitem(): dictionary is empty");
-    else if (!PyErr_Occurred())
-        fail(b, s);
+    PyObject *item = take_out(self, NULL, pair_of);
     box_leave(b);
+    if (item == NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_KeyError, "popitem(): dictionary is empty");
     return item;
 }
 

@@ -157,18 +157,31 @@ static PyObject *list_append(Coll *self, PyObject *object)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* _pop() -> the last item, which is taken out */
+/* _pop() -> the last item, which is taken out when it has been read */
 static PyObject *list_pop(Coll *self, PyObject *unused)
 {
     struct sh_found f;
-    enum sh_status s;
+    enum sh_status s, out = SH_CHANGED;
     struct box *b = self->box;
+    PyObject *value = NULL;
     (void)unused;
     if (!coll_usable(self))
         return NULL;
     box_enter(b);
-    DO(b, s, sh_list_pop(&b->ctx, &self->use, wait, &f));
-    PyObject *value = result(self, s, &f, "pop from empty list");
+    while (out == SH_CHANGED) {
+        Py_CLEAR(value);
+        DO(b, s, sh_list_pop(&b->ctx, &self->use, 0, wait, &f));
+        uint64_t cell = f.cell;
+        value = result(self, s == SH_CHANGED ? SH_OK : s, &f, "pop from empty list");
+        out = s != SH_CHANGED || value == NULL ? SH_OK : out;
+        if (out == SH_CHANGED)
+            DO(b, out, sh_list_pop(&b->ctx, &self->use, cell, wait, NULL));
+        out = out == SH_ABSENT ? SH_CHANGED : out;
+    }
+    if (out != SH_OK)
+        Py_CLEAR(value);
+    if (out != SH_OK && !PyErr_Occurred())
+        fail(b, out);
     box_leave(b);
     return value;
 }

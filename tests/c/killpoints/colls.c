@@ -82,10 +82,18 @@ enum sh_status item_put_named(struct sh_ctx *c, struct sh_use *u, uint32_t i,
     return put(c, u, i, &v);
 }
 
-enum sh_status item_pop(struct sh_ctx *c, struct sh_use *u, uint32_t i, struct sh_found *f)
+static enum sh_status pop(struct sh_ctx *c, struct sh_use *u, uint32_t i, uint64_t only,
+                          struct sh_found *f)
 {
     struct sh_key k = key_of(&i);
-    return is_list(u) ? sh_list_pop(c, u, 1000, f) : sh_dict_pop(c, u, &k, 1000, f);
+    return is_list(u) ? sh_list_pop(c, u, only, 1000, f) : sh_dict_pop(c, u, &k, only, 1000, f);
+}
+
+/* What names a block is hard to read: it is read first. */
+enum sh_status item_pop(struct sh_ctx *c, struct sh_use *u, uint32_t i, struct sh_found *f)
+{
+    enum sh_status status = pop(c, u, i, 0, f);
+    return status == SH_CHANGED ? pop(c, u, i, f->cell, NULL) : status;
 }
 
 enum sh_status item_get(struct sh_ctx *c, struct sh_use *u, uint32_t i, struct sh_found *f)

@@ -719,7 +719,7 @@ static void pop_two(struct scene *s)
 static void pop_last(struct scene *s)
 {
     struct sh_found f;
-    may_be_full(sh_dict_pop_last(V, &s->use, 1000, &f));
+    may_be_full(sh_dict_pop(V, &s->use, NULL, 0, 1000, &f));
 }
 static void let_lock(struct scene *s)
 {
