@@ -35,7 +35,7 @@ from collections.abc import (
     ValuesView,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from shmheap import _core, values
 from shmheap._core import Block, DictBase, ListBase
@@ -59,7 +59,6 @@ LONGEST_NAP_S = 1e-3
 the first to the longest. A lock that is free again is so taken within a millisecond."""
 
 END: Final = sys.maxsize
-_RAISE: Final = object()
 
 
 class Lock:
@@ -251,22 +250,6 @@ class SharedDict(_Shared, DictBase, MutableMapping[K, V], Generic[K, V]):
     def items(self) -> ItemsView[K, V]:
         """Return a view of the pairs of keys and values."""
         return _Items(self)
-
-    @overload
-    def pop(self, key: K, /) -> V: ...
-    @overload
-    def pop(self, key: K, /, default: V | T) -> V | T: ...
-    def pop(self, key: K, /, default: Any = _RAISE) -> Any:
-        """Remove a key and return its value, or the default if there is none.
-
-        Raises KeyError without a default. Cost: that of deleting.
-        """
-        try:
-            return self._pop(key)
-        except KeyError:
-            if default is _RAISE:
-                raise
-            return default
 
     def copy(self) -> dict[K, V]:
         """Return a plain dict of the same values; what is nested in it is shared as before."""

@@ -229,6 +229,9 @@ def test_what_cannot_be_read_is_not_taken_out(heap: Heap) -> None:
         mapping.pop("a", 1)
     with pytest.raises(TypeError, match="'pickle'"):
         mapping.popitem()
+    mapping.codec = Unreadable()
+    with pytest.raises(KeyError):
+        mapping.pop("a", "not there")
     with pytest.raises(KeyError):
         sequence.pop()
     with pytest.raises(KeyError):

@@ -313,20 +313,25 @@ static PyObject *take_out(Coll *self, const struct sh_key *key,
     return what;
 }
 
-/* _pop(key) -> value */
-static PyObject *dict_pop(Coll *self, PyObject *key_object)
+static PyObject *dict_pop(Coll *self, PyObject *const *args, Py_ssize_t nargs)
 {
     struct key key;
     struct box *b = self->box;
-    if (!coll_usable(self) || !key_from(key_object, &key))
+    if (nargs < 1 || nargs > 2)
+        return PyErr_Format(PyExc_TypeError, "pop() takes a key and a default, not %zd arguments",
+                            nargs);
+    if (!coll_usable(self) || !key_from(args[0], &key))
         return NULL;
     box_enter(b);
     PyObject *value = take_out(self, &key.k, value_of);
     box_leave(b);
     Py_XDECREF(key.owner);
-    if (value == NULL && !PyErr_Occurred())
-        PyErr_SetObject(PyExc_KeyError, key_object);
-    return value;
+    if (value != NULL || PyErr_Occurred())
+        return value;
+    if (nargs == 2)
+        return Py_NewRef(args[1]);
+    PyErr_SetObject(PyExc_KeyError, args[0]);
+    return NULL;
 }
 
 static PyObject *dict_setdefault(Coll *self, PyObject *const *args, Py_ssize_t nargs)
@@ -415,13 +420,16 @@ static PyMethodDef dict_methods[] = {
      "setdefault($self, key, default=None, /)\n--\n\n"
      "Return the value of a key; where there is none, the default becomes it. Atomic.\n\n"
      "Raises what setting does. Cost: that of setting a new key, or the process lock."},
+    {"pop", (PyCFunction)(void (*)(void))dict_pop, METH_FASTCALL,
+     "pop($self, key, default=<unrepresentable>, /)\n--\n\n"
+     "Take out a key and return its value, or the default if there is no such key.\n\n"
+     "Raises KeyError without a default. Cost: the dict's lock."},
     {"popitem", (PyCFunction)dict_popitem, METH_NOARGS,
      "popitem($self, /)\n--\n\n"
      "Take out the pair that came last, and return it. Raises KeyError if there is none.\n\n"
      "Cost: the dict's lock."},
     {"clear", (PyCFunction)dict_clear, METH_NOARGS,
      "clear($self, /)\n--\n\nTake out everything, at one moment. Cost: the dict's lock."},
-    {"_pop", (PyCFunction)dict_pop, METH_O, NULL},
     {"_next", (PyCFunction)dict_next, METH_VARARGS, NULL},
     {"_stamp", (PyCFunction)coll_stamp, METH_NOARGS, NULL},
     {"_try_lock", (PyCFunction)coll_try_lock, METH_NOARGS, NULL},
