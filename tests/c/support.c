@@ -750,9 +750,9 @@ void nothing_must_be_left(struct sh_ctx *lead)
     counters_must_be(lead, 0, 0);
 }
 
-struct stage *stage_new(uint64_t capacity, uint64_t limit_bytes)
+struct cast *cast_new(uint64_t capacity, uint64_t limit_bytes)
 {
-    struct stage *s = calloc(1, sizeof *s);
+    struct cast *s = calloc(1, sizeof *s);
     s->fd = arena_new(capacity, limit_bytes);
     arena_lead(&s->lead, s->fd);
     arena_join(&s->a, s->fd);
@@ -760,7 +760,7 @@ struct stage *stage_new(uint64_t capacity, uint64_t limit_bytes)
     return s;
 }
 
-void stage_end(struct stage *s)
+void cast_end(struct cast *s)
 {
     if (s->a.slot != NULL)
         arena_leave(&s->a);

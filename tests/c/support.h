@@ -116,11 +116,11 @@ void nothing_must_be_left(struct sh_ctx *lead); /* after the last user */
 
 /* Two processes and a coordinator. At the end those that have not died leave, and nothing is left.
  */
-struct stage {
+struct cast {
     int fd;
     struct sh_ctx a, b, lead;
 };
-struct stage *stage_new(uint64_t capacity, uint64_t limit_bytes);
-void stage_end(struct stage *);
+struct cast *cast_new(uint64_t capacity, uint64_t limit_bytes);
+void cast_end(struct cast *);
 
 #endif

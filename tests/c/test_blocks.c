@@ -17,7 +17,7 @@ static bool all_are(const struct sh_ref *r, uint8_t value)
 
 /* Sizes */
 
-static void check_size(struct stage *s, uint64_t nbytes)
+static void check_size(struct cast *s, uint64_t nbytes)
 {
     struct sh_ref r = block_new(&s->a, nbytes), again;
     CHECK(((uintptr_t)r.data & 15) == 0);
@@ -34,7 +34,7 @@ static void check_size(struct stage *s, uint64_t nbytes)
 
 static void test_every_size(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     uint64_t step = test_scale(8) >= 8 ? 1 : 7;
     for (uint64_t n = 1; n <= SH_MAX_SMALL; n += step)
         check_size(s, n);
@@ -46,13 +46,13 @@ static void test_every_size(void)
     for (uint64_t n = SH_MAX_SMALL + 1; n < 4 << 20; n += 8191 + n / 7)
         check_size(s, n);
     must_be_sound(&s->a, EXACT_COUNTS);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Every block of several spans at once, of every class: none overlaps another. */
 static void test_full_spans(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     struct sh_ref *r = calloc(3 * SH_CLASS_NBLOCKS_MAX, sizeof *r);
     for (uint32_t k = 0; k < SH_NCLASSES; k++) {
         uint32_t n = 2 * sh_classes[k].nblocks + 1;
@@ -68,7 +68,7 @@ static void test_full_spans(void)
         must_be_sound(&s->a, EXACT_COUNTS);
     }
     free(r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Generations */
@@ -79,7 +79,7 @@ static void test_generations_never_repeat(void)
         N = 400
     };
     static const uint32_t sizes[] = {64, 8192, 16, 300, 70000, 4096, 65536, 1024};
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct handle old[8 * N];
     uint32_t n = 0;
     for (uint32_t round = 0; round < 8; round++) { /* the same pages, cut anew each time */
@@ -96,13 +96,13 @@ static void test_generations_never_repeat(void)
         collect(&s->lead);
         release_all(&s->lead);
     }
-    stage_end(s);
+    cast_end(s);
 }
 
 /* What is no handle of a block is refused, whatever it says. */
 static void test_senseless_handles(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct rng rng = {test_seed()};
     struct sh_ref small = block_new(&s->a, 100), large = block_new(&s->a, 100000), r;
     struct handle good[2] = {handle_lease(&s->a, &small), handle_lease(&s->a, &large)};
@@ -131,14 +131,14 @@ static void test_senseless_handles(void)
     block_drop(&s->a, &small);
     block_drop(&s->a, &large);
     must_be_sound(&s->a, EXACT_COUNTS);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Leases */
 
 static void test_leases(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1000), got, again;
     struct handle h = handle_lease(&s->a, &r);
     block_drop(&s->a, &r); /* only the lease holds it now */
@@ -154,7 +154,7 @@ static void test_leases(void)
     block_drop(&s->a, &again);
     CHECK_IS(handle_open(&s->a, &h, &again), SH_STALE);
     must_be_empty(&s->a);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Dropped by its maker; made again and again over several pages of cells. */
@@ -163,7 +163,7 @@ static void test_many_leases(void)
     enum {
         N = 1500
     };
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct handle *h = calloc(N, sizeof *h);
     struct sh_ref r = block_new(&s->a, 10), got;
     for (int round = 0; round < 3; round++) {
@@ -186,13 +186,13 @@ static void test_many_leases(void)
     CHECK(used < 16); /* cells are used again */
     block_drop(&s->a, &r);
     free(h);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A lease's cell and number may come round: the generation still tells whose block it is. */
 static void test_lease_of_another_block(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 64), got;
     struct handle old = handle_of(&s->a, &r);
     block_drop(&s->a, &r);
@@ -207,7 +207,7 @@ static void test_lease_of_another_block(void)
     block_drop(&s->b, &got);
     block_drop(&s->a, &r);
     must_be_sound(&s->a, EXACT_COUNTS);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Names */
@@ -217,7 +217,7 @@ static void test_names(void)
     enum {
         N = 3000
     };
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     char name[SH_ROOT_NAME_MAX];
     struct sh_ref r, got;
     uint32_t len;
@@ -257,7 +257,7 @@ static void test_names(void)
         CHECK_IS(sh_root_clear(&s->a, name, len, 1000), i % 3 ? SH_OK : SH_ABSENT);
     }
     must_be_empty(&s->a);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Frees by others */
@@ -268,7 +268,7 @@ struct held {
 };
 
 /* n blocks of a, each also held by b; then a lets go: b is the last. */
-static struct held hand_over(struct stage *s, uint64_t nbytes, uint32_t n)
+static struct held hand_over(struct cast *s, uint64_t nbytes, uint32_t n)
 {
     struct held h = {calloc(n, sizeof *h.mine), calloc(n, sizeof *h.theirs), n};
     for (uint32_t i = 0; i < n; i++) {
@@ -281,7 +281,7 @@ static struct held hand_over(struct stage *s, uint64_t nbytes, uint32_t n)
     return h;
 }
 
-static void drop_theirs(struct stage *s, struct held *h)
+static void drop_theirs(struct cast *s, struct held *h)
 {
     for (uint32_t i = 0; i < h->n; i++)
         block_drop(&s->b, &h->theirs[i]);
@@ -291,7 +291,7 @@ static void drop_theirs(struct stage *s, struct held *h)
 
 static void test_remote_free(void)
 {
-    struct stage *s = stage_new(32 << 20, NO_LIMIT);
+    struct cast *s = cast_new(32 << 20, NO_LIMIT);
     for (int round = 0; round < 5; round++) {
         for (uint32_t k = 0; k < SH_NCLASSES; k += 3) {
             uint32_t n = 4 * sh_classes[k].nblocks;
@@ -306,13 +306,13 @@ static void test_remote_free(void)
     /* five rounds need the memory of one and a little: the owner finds what others freed */
     CHECK(atomic_load(&s->a.hdr->used_pages) < pages + 100);
     must_be_sound(&s->a, EXACT_COUNTS);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Classes that are 64 apart share a bit of the slot's hint: neither may lose the other's. */
 static void test_remote_free_of_classes_64_apart(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     for (uint32_t k = 0; k + 64 < SH_NCLASSES; k++) {
         uint32_t sizes[2] = {sh_classes[k].size, sh_classes[k + 64].size};
         struct held low = hand_over(s, sizes[0], 3 * sh_classes[k].nblocks);
@@ -327,14 +327,14 @@ static void test_remote_free_of_classes_64_apart(void)
         drop_theirs(s, &high);
         collect(&s->lead);
     }
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Empty spans */
 
 static void test_empty_spans_go_back(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     for (uint32_t k = 0; k < SH_NCLASSES; k++) {
         uint32_t n = 10 * sh_classes[k].nblocks;
         struct sh_ref *r = calloc(n, sizeof *r);
@@ -354,7 +354,7 @@ static void test_empty_spans_go_back(void)
     must_be_sound(&s->a, EXACT_COUNTS);
     struct sh_ref r = block_new(&s->a, 100); /* and it finds out */
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* The dead */
@@ -364,7 +364,7 @@ static void test_orphans(void)
     enum {
         N = 600
     };
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_reaped reaped;
     struct sh_ref kept[N / 10], r;
     char name[16];
@@ -408,7 +408,7 @@ static void test_orphans(void)
         block_drop(&s->a, &again[i]);
     must_be_sound(&s->a, EXACT_COUNTS);
     free(again);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void collect_now(void *lead)
@@ -420,7 +420,7 @@ static void collect_now(void *lead)
  * it back to the page heap. */
 static void test_orphan_taken_by_two(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->b, 200), other, kept = block_new(&s->a, 8);
     struct handle lease = handle_lease(&s->b, &r);
     arena_die(&s->b);
@@ -437,7 +437,7 @@ static void test_orphan_taken_by_two(void)
     block_drop(&s->a, &other);
     block_drop(&s->a, &r);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Cells that the collector took back are nobody's to look at: to read them brought their pages
@@ -447,7 +447,7 @@ static void test_cells_that_were_given_back(void)
     enum {
         N = 5000
     };
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 10), *copies = calloc(N, sizeof *copies);
     struct handle *leases = calloc(N, sizeof *leases), last;
     for (uint32_t i = 0; i < N; i++) {
@@ -472,7 +472,7 @@ static void test_cells_that_were_given_back(void)
     block_drop(&s->a, &r);
     free(copies);
     free(leases);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Leases that end twice at once: each is counted once, to the one who made it */
@@ -491,7 +491,7 @@ static void open_now(void *arg)
 
 static void test_lease_taken_while_it_expires(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->b, 1000);
     struct handle h = handle_lease(&s->b, &r);
     struct taking t = {.c = &s->a, .handle = &h};
@@ -504,7 +504,7 @@ static void test_lease_taken_while_it_expires(void)
     MOMENT_CAME("reap:seen");
     CHECK(reaped.done && reaped.leases == 0 && sh_leases(sh_slot(&s->lead, slot)) == 0);
     block_drop(&s->a, &t.got);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void sweep_now(void *lead)
@@ -515,7 +515,7 @@ static void sweep_now(void *lead)
 
 static void test_lease_span_given_back_while_its_last_is_taken(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1000), got;
     struct handle h = handle_lease(&s->a, &r);
     uint64_t n;
@@ -532,14 +532,14 @@ static void test_lease_span_given_back_while_its_last_is_taken(void)
     CHECK_OK(sh_end_cycle(&s->lead, 4 << 20, true, 0));
     block_drop(&s->a, &r);
     block_drop(&s->b, &got);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A child's room for pins, empty until its parent's are copied, is not the collector's to take:
  * they were written into pages that were others' by then. */
 static void test_pins_of_a_child_are_copied_during_a_sweep(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1000);
     uint64_t n;
     CHECK_OK(sh_start_cycle(&s->lead));
@@ -558,13 +558,13 @@ static void test_pins_of_a_child_are_copied_during_a_sweep(void)
     reap_dead(&s->lead, UINT64_MAX);
     must_be_sound(&s->a, EXACT_COUNTS);
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* What the coordinator has out of the page heap at that moment was lost until its death. */
 static void test_runs_that_cannot_be_given_back_yet(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct stopped stopped = {.c = &s->b};
     struct sh_ref kept = block_new(&s->a, 100), r = block_new(&s->a, 100000);
     uint64_t bytes, runs;
@@ -578,12 +578,12 @@ static void test_runs_that_cannot_be_given_back_yet(void)
     go_on(&stopped);
     s->lead.patience_ms = 10000;
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void test_orphan_that_cannot_be_put_back_yet(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct stopped stopped = {.c = &s->a};
     struct sh_ref r = block_new(&s->b, 200);
     struct handle lease = handle_lease(&s->b, &r);
@@ -602,7 +602,7 @@ static void test_orphan_that_cannot_be_put_back_yet(void)
     CHECK(s->a.hdr->orphans[sh_class_of(200)] != SH_NIL);
     CHECK_OK(handle_open(&s->a, &lease, &r));
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Nearly all of the heap, and back. */
@@ -615,7 +615,7 @@ static void need_most_of_it(void *c)
 
 static void test_idle_pages_were_out_of_reach_while_they_were_given_back(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 63 << 20);
     uint64_t bytes, runs;
     uint32_t page = 0;
@@ -623,14 +623,14 @@ static void test_idle_pages_were_out_of_reach_while_they_were_given_back(void)
     at_moment("release:claimed", need_most_of_it, &s->a);
     CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs));
     MOMENT_CAME("release:claimed");
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Only what nobody can still be looking at is punched: the coordinator takes each process's lock
  * once between claiming and punching, and leaves it if one does not come out of its operation. */
 static void test_handshake_before_punching(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1 << 20);
     uint64_t bytes, runs, committed;
     uint32_t page = 0;
@@ -647,13 +647,13 @@ static void test_handshake_before_punching(void)
     atomic_store(&s->b.slot->lock, 0);
     CHECK_OK(sh_release(&s->lead, SH_STAMP_MAX, UINT64_MAX, &page, &bytes, &runs));
     CHECK(bytes >= 1 << 20); /* and reading it would bring it back */
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Nor does a successor punch what the dead coordinator had claimed before that handshake. */
 static void test_handshake_of_a_successor(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 1 << 20);
     struct sh_walk walk = {0};
     uint32_t page, phase;
@@ -678,13 +678,13 @@ static void test_handshake_of_a_successor(void)
     CHECK_OK(sh_begin(&s->lead, &phase));
     must_be_sound(&s->a, EXACT_COUNTS);
     kernel_must_agree(&s->lead);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A dead holder of a process lock is followed by whoever waits: here by the coordinator. */
 static void test_dead_in_an_operation(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->b, 100);
     CHECK_OK(sh_enter(&s->b, 1000));
     sh_pin_clear(&s->b, r.pin); /* dies after its pin was cleared, before the count went down */
@@ -699,7 +699,7 @@ static void test_dead_in_an_operation(void)
     CHECK(s->b.slot_index == index);
     r = block_new(&s->b, 100); /* the slot's lock serves its next user */
     block_drop(&s->b, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Holes: whole OS pages between blocks that live */
@@ -709,7 +709,7 @@ static void test_holes(void)
     enum {
         N = 4096
     };
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref *r = calloc(N, sizeof *r);
     for (uint32_t i = 0; i < N; i++) {
         r[i] = block_new(&s->a, 256);
@@ -744,13 +744,13 @@ static void test_holes(void)
         block_drop(&s->a, &r[i]);
     }
     free(r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Blocks that lie across OS pages, of every class: a hole is none of theirs. */
 static void test_holes_of_every_class(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     struct rng rng = {test_seed()};
     for (uint32_t k = 0; k < SH_NCLASSES; k++) {
         uint32_t n = 3 * sh_classes[k].nblocks, size = sh_classes[k].size;
@@ -782,7 +782,7 @@ static void test_holes_of_every_class(void)
         free(r);
         free(there);
     }
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Limits */
@@ -797,7 +797,7 @@ static uint32_t fill_up(struct sh_ctx *c, uint64_t nbytes, struct sh_ref *r, enu
 
 static void stamp_now(void *arg)
 {
-    struct stage *s = arg;
+    struct cast *s = arg;
     uint64_t units;
     s->lead.recount_units = true;
     s->lead.patience_ms = 1;
@@ -808,7 +808,7 @@ static void stamp_now(void *arg)
 /* While units are on the budget and not yet in their words, nobody puts the budget right. */
 static void test_recount_while_committing(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     uint64_t units;
     at_moment("commit:budgeted", stamp_now, s);
     struct sh_ref r = block_new(&s->a, 1 << 20);
@@ -819,7 +819,7 @@ static void test_recount_while_committing(void)
     CHECK(!s->lead.recount_units);
     must_be_sound(&s->a, EXACT_COUNTS);
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void alloc_far_up(void *arg)
@@ -832,7 +832,7 @@ static void alloc_far_up(void *arg)
  * off the budget, and was given back a second time later. */
 static void test_recount_while_growing(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref kept = block_new(&s->a, 100);
     struct taking t = {.c = &s->a};
     uint64_t units;
@@ -843,7 +843,7 @@ static void test_recount_while_growing(void)
     must_be_sound(&s->a, EXACT_COUNTS);
     block_drop(&s->a, &t.got);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* In the sum after the recount's walk, and there when it is at the first process's numbers. */
@@ -861,7 +861,7 @@ static void alloc_in_the_next_sum(void *arg)
  * number: then it is not what the walk saw. */
 static void test_recount_while_allocating(void)
 {
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref kept = block_new(&s->a, 100);
     struct taking t = {.c = &s->a};
     uint64_t n;
@@ -878,14 +878,14 @@ static void test_recount_while_allocating(void)
     counters_must_be(&s->lead, 2, (1 << 20) + 100);
     block_drop(&s->a, &t.got);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void test_memory_limit(void)
 {
     static const uint32_t sizes[] = {100, 5000, 65536, 300000};
     const uint64_t LIMIT = 2 << 20;
-    struct stage *s = stage_new(64 << 20, LIMIT);
+    struct cast *s = cast_new(64 << 20, LIMIT);
     struct sh_ref *r = calloc(LIMIT / 100, sizeof *r);
     for (uint32_t i = 0; i < 4; i++) {
         enum sh_status why;
@@ -902,7 +902,7 @@ static void test_memory_limit(void)
         must_be_sound(&s->a, EXACT_COUNTS);
     }
     free(r);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void test_capacity(void)
@@ -911,7 +911,7 @@ static void test_capacity(void)
     enum {
         CAPACITY = 2 << 20
     };
-    struct stage *s = stage_new(CAPACITY, NO_LIMIT);
+    struct cast *s = cast_new(CAPACITY, NO_LIMIT);
     struct sh_ref *r = calloc(CAPACITY / 100, sizeof *r);
     for (uint32_t i = 0; i < 4; i++) {
         enum sh_status why;
@@ -926,7 +926,7 @@ static void test_capacity(void)
         must_be_sound(&s->a, EXACT_COUNTS);
     }
     free(r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Free blocks that a process would have found sooner or later, and that it did not look for where
@@ -954,7 +954,7 @@ static struct handle *full_of(struct sh_ctx *c, struct sh_ref *r, uint32_t *n, e
 /* A refill looks at 32 spans in which others may have freed, and goes on there the next time. */
 static void test_full_though_another_freed_in_the_last_of_many_spans(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r[128], theirs;
     uint32_t n;
     one_more_of(&s->b, 100); /* it has pins */
@@ -969,13 +969,13 @@ static void test_full_though_another_freed_in_the_last_of_many_spans(void)
     for (uint32_t i = 0; i < n; i++)
         block_drop(&s->a, &r[i]);
     free(h);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* The first orphan was taken, and if it had nothing free, none of the others. */
 static void test_full_though_the_second_orphan_has_a_free_block(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r[128], kept[128];
     uint32_t n, i = 0;
     one_more_of(&s->a, 100);
@@ -991,7 +991,7 @@ static void test_full_though_the_second_orphan_has_a_free_block(void)
     for (uint32_t k = 0; k < n; k++)
         block_drop(&s->a, &kept[k]);
     free(h);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Without room to fill the holes of its own spans a process did not look at orphans. */
@@ -1001,7 +1001,7 @@ static void test_limit_though_an_orphan_has_a_free_block(void)
         N = 16, /* blocks of a span */
         LIMIT = 1 << 20
     };
-    struct stage *s = stage_new(16 << 20, LIMIT);
+    struct cast *s = cast_new(16 << 20, LIMIT);
     struct sh_ref mine[N], theirs[N], rest[LIMIT / 1024], again;
     enum sh_status why;
     for (uint32_t i = 0; i < N; i++) {
@@ -1023,7 +1023,7 @@ static void test_limit_though_an_orphan_has_a_free_block(void)
     for (uint32_t i = 0; i < n; i++)
         block_drop(&s->a, &rest[i]);
     CHECK_OK(sh_root_clear(&s->a, "kept", 4, 1000));
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Counts and generations at their ends */
@@ -1033,7 +1033,7 @@ static void test_saturated_count(void)
     enum {
         N = SH_COUNT_MAX + 10
     };
-    struct stage *s = stage_new(16 << 20, NO_LIMIT);
+    struct cast *s = cast_new(16 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 100), *pins = calloc(N, sizeof *pins);
     for (uint32_t i = 0; i < N; i++)
         CHECK_OK(sh_repin(&s->a, &r, 1000, &pins[i]));
@@ -1050,12 +1050,12 @@ static void test_saturated_count(void)
     must_be_empty(&s->a);
     CHECK_IS(handle_open(&s->b, &h, &r), SH_STALE);
     free(pins);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void test_generations_run_out(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref first = block_new(&s->a, 64), r, more[200];
     block_drop(&s->a, &first);
     uint64_t off = sh_data_offset(&s->a, &first);
@@ -1090,7 +1090,7 @@ static void test_generations_run_out(void)
 
 static void test_large_generations_run_out(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 100000), small[600];
     uint32_t page = r.page;
     block_drop(&s->a, &r);
@@ -1117,7 +1117,7 @@ static void test_large_generations_run_out(void)
 /* A large run whose block does not live: a death between the two. */
 static void test_lost_large_block(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->b, 100000), kept = block_new(&s->a, 100000);
     struct handle h = handle_of(&s->b, &r);
     uint32_t page = r.page;
@@ -1137,7 +1137,7 @@ static void test_lost_large_block(void)
     CHECK(r.page == page && r.gen > h.gen);
     block_drop(&s->a, &r);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A collection, step by step (DESIGN section 6, rules 8 to 13) */
@@ -1158,7 +1158,7 @@ static bool is_touched(struct sh_ctx *c, const struct sh_ref *r)
 
 static void test_collection_step_by_step(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref held = block_new(&s->a, 100), lost = block_new(&s->a, 100), got;
     struct sh_ref twice = block_new(&s->a, 100), saved = block_new(&s->a, 100), fresh, other;
     struct handle lost_handle = handle_of(&s->a, &lost), saved_handle = handle_of(&s->a, &saved);
@@ -1204,7 +1204,7 @@ static void test_collection_step_by_step(void)
     block_drop(&s->a, &fresh);
     block_drop(&s->b, &got); /* its count is one too high since its pin was lost */
     CHECK(live_blocks(&s->a) == 1 && collect(&s->lead) == 1);
-    stage_end(s);
+    cast_end(s);
 }
 
 static void sweep_cycle(struct sh_ctx *lead)
@@ -1220,7 +1220,7 @@ static void sweep_cycle(struct sh_ctx *lead)
  * killed, is in SWEEP for long. What was made since then is neither marked nor touched. */
 static void test_block_from_after_the_sweep(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r, got;
     sweep_cycle(&s->lead);
     atomic_store(&s->b.slot->lock, s->b.owner | 1); /* b is inside an operation */
@@ -1235,13 +1235,13 @@ static void test_block_from_after_the_sweep(void)
     s->lead.patience_ms = 10000;
     block_drop(&s->b, &got);
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A process that is stopped inside an operation stalls a collection, not who opens a handle. */
 static void test_handle_opened_while_a_collection_is_stalled(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r = block_new(&s->a, 100), got;
     struct handle h = handle_of(&s->a, &r);
     uint64_t n;
@@ -1256,14 +1256,14 @@ static void test_handle_opened_while_a_collection_is_stalled(void)
     collect(&s->lead);
     block_drop(&s->b, &got);
     block_drop(&s->a, &r);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* The epoch comes round after 63 collections: a block that lives all the time stays, garbage goes.
  */
 static void test_many_epochs(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref held = block_new(&s->a, 100);
     for (uint32_t i = 0; i < 200; i++) {
         struct sh_ref lost = block_new(&s->a, 100);
@@ -1272,13 +1272,13 @@ static void test_many_epochs(void)
         CHECK(live_blocks(&s->a) == 1);
     }
     block_drop(&s->a, &held);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Another coordinator goes on where the first one left; what was counted stays counted. */
 static void test_succession(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref r[100];
     for (uint32_t i = 0; i < 100; i++) {
         r[i] = block_new(&s->a, 1000);
@@ -1296,7 +1296,7 @@ static void test_succession(void)
     counters_must_be(&s->lead, 50, 50000);
     for (uint32_t i = 0; i < 100; i += 2)
         block_drop(&s->a, &r[i]);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* So many starts, the last of them some time ago. */
@@ -1307,7 +1307,7 @@ static void started_before(const struct sh_ctx *c, uint64_t ms, uint64_t times)
 
 static void test_a_coordinator_killed_as_it_started_was_missed_for_a_second(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     arena_die(&s->lead);
     CHECK(sh_may_start(&s->a) && !sh_may_start(&s->b));
     void *starting = sh_os_hold_byte(&s->a, SH_START_BYTE, false);
@@ -1321,7 +1321,7 @@ static void test_a_coordinator_killed_as_it_started_was_missed_for_a_second(void
     CHECK(sh_may_start(&s->b));
     arena_lead(&s->lead, s->fd);
     CHECK(atomic_load(&s->a.hdr->started) == 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 int main(void)

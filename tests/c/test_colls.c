@@ -10,7 +10,7 @@
 
 /* Process a is the one that may die, b the witness. */
 struct scene {
-    struct stage *stage;
+    struct cast *cast;
     struct sh_ctx *c, *witness, *lead;
     struct sh_use of_c, of_witness;
 };
@@ -18,10 +18,10 @@ struct scene {
 static struct scene *scene_new(bool list)
 {
     struct scene *s = calloc(1, sizeof *s);
-    s->stage = stage_new(64 << 20, NO_LIMIT);
-    s->c = &s->stage->a;
-    s->witness = &s->stage->b;
-    s->lead = &s->stage->lead;
+    s->cast = cast_new(64 << 20, NO_LIMIT);
+    s->c = &s->cast->a;
+    s->witness = &s->cast->b;
+    s->lead = &s->cast->lead;
     CHECK_OK((list ? sh_list_new : sh_dict_new)(s->witness, 1000, &s->of_witness.coll));
     struct handle h = handle_of(s->witness, &s->of_witness.coll);
     CHECK_OK(handle_open(s->c, &h, &s->of_c.coll));
@@ -46,7 +46,7 @@ static void scene_end(struct scene *s)
     if (s->c->slot != NULL)
         let_go(s->c, &s->of_c);
     let_go(s->witness, &s->of_witness);
-    stage_end(s->stage);
+    cast_end(s->cast);
     free(s);
 }
 
@@ -530,7 +530,7 @@ static void die_everywhere(bool list, const char *const *points, uint32_t npoint
             arena_die(s->c);
             (list ? list_must_be_whole : dict_must_be_whole)(s);
             arena_die(s->lead);
-            arena_lead(s->lead, s->stage->fd);
+            arena_lead(s->lead, s->cast->fd);
             reap_dead(s->lead, UINT64_MAX);
             collect(s->lead);
             must_be_sound(s->lead, EXACT_COUNTS);
@@ -584,7 +584,7 @@ static void replace_two(void *arg)
     struct sh_ctx other;
     struct sh_use u = {0};
     struct handle h = handle_of(s->witness, &s->of_witness.coll);
-    arena_join(&other, s->stage->fd);
+    arena_join(&other, s->cast->fd);
     CHECK_OK(handle_open(&other, &h, &u.coll));
     dict_put(&other, &u, 2, 9);
     let_go(&other, &u);

@@ -30,7 +30,7 @@ static uint64_t count_of(const struct sh_ref *r)
 
 static void test_store_and_load(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 3), leaf = block_new(&s->a, 100), got;
     CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
     node_store(&s->a, &n, 0, &leaf);
@@ -47,13 +47,13 @@ static void test_store_and_load(void)
     CHECK_IS(sh_node_load(&s->a, &n, 3, 1000, &got), SH_CORRUPT); /* it has three */
     block_drop(&s->a, &n);
     counters_must_be(&s->a, 0, 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A store replaces what was there, which goes if nobody else has it. */
 static void test_replacing_frees(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 1), n_of_b = shared(&s->b, &s->a, &n);
     struct handle h[5];
     for (uint32_t i = 0; i < 5; i++) {
@@ -65,19 +65,19 @@ static void test_replacing_frees(void)
     }
     block_drop(&s->a, &n);
     block_drop(&s->b, &n_of_b);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A store of what is gone changes nothing. */
 static void test_a_reference_to_a_freed_block_is_stale(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 1), leaf = block_new(&s->a, 100), old = leaf, got;
     block_drop(&s->a, &leaf);
     CHECK_IS(sh_node_store(&s->a, &n, 0, &old, 1000), SH_STALE);
     CHECK_IS(sh_node_load(&s->a, &n, 0, 1000, &got), SH_ABSENT);
     block_drop(&s->a, &n);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* node -> node -> ... : nothing is recursive. Each has a leaf, too. */
@@ -95,21 +95,21 @@ static struct sh_ref chain_new(struct sh_ctx *c, uint32_t n)
 
 static void test_long_chains_die(void)
 {
-    struct stage *s = stage_new(256 << 20, NO_LIMIT);
+    struct cast *s = cast_new(256 << 20, NO_LIMIT);
     uint32_t n = (uint32_t)test_scale(100000);
     struct sh_ref head = chain_new(&s->a, n);
     CHECK(live_blocks(&s->a) == 2ull * n - 1);
     block_drop(&s->a, &head);
     counters_must_be(&s->a, 0, 0);
     CHECK(live_blocks(&s->a) == 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* One large node with a great many children, which die in slices: its owner does other things in
  * between, and dies in the middle. */
 static void test_the_dead_leave_a_death_half_done(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     uint32_t n = 20000;
     struct sh_ref wide = node_new(&s->a, n), kept = block_new(&s->b, 64);
     struct sh_ref of_a = shared(&s->a, &s->b, &kept);
@@ -130,13 +130,13 @@ static void test_the_dead_leave_a_death_half_done(void)
     CHECK(count_of(&kept) == 1);
     CHECK(live_blocks(&s->b) == 1);
     block_drop(&s->b, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* What is freed with the dead is counted whole, by what held it. */
 static void test_reports_say_what_went_with_the_dead(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref held = node_new(&s->a, 2), sent = node_new(&s->a, 1), half = node_new(&s->a, 300);
     struct sh_ref leaf = block_new(&s->a, 1000), large = block_new(&s->a, 200000);
     struct sh_reaped r;
@@ -158,14 +158,14 @@ static void test_reports_say_what_went_with_the_dead(void)
     CHECK(r.pin_bytes == held.nbytes + 1000 + half_bytes + 300 * 16);
     CHECK_OK(sh_reap(&s->lead, slot, UINT64_MAX, &r));
     CHECK(r.done && r.pin_bytes == 0 && r.lease_bytes == 24 + 200000);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A lease ends although its sender lives: who comes late, comes too late; its cell is used again.
  */
 static void test_a_lease_ends_with_its_time(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref sent = node_new(&s->a, 1), large = block_new(&s->a, 200000), got;
     uint64_t dropped, bytes;
     put_into(&s->a, &sent, 0, &large);
@@ -180,14 +180,14 @@ static void test_a_lease_ends_with_its_time(void)
     CHECK(dropped == 1 && bytes == 24 + 200000);
     CHECK_IS(handle_open(&s->b, &old, &got), SH_STALE);
     CHECK(sh_leases(s->a.slot) == 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Collection */
 
 static void test_cycles_are_collected(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 2), y = node_new(&s->a, 2), self = node_new(&s->a, 1);
     struct sh_ref leaf = block_new(&s->a, 1000), y_of_b = shared(&s->b, &s->a, &y);
     node_store(&s->a, &x, 0, &y);
@@ -203,7 +203,7 @@ static void test_cycles_are_collected(void)
     CHECK(live_blocks(&s->a) == 3);
     CHECK(collect(&s->lead) == 3);
     counters_must_be(&s->a, 0, 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Epochs come round: a touch is of the collection that it was made in, and of no later one. */
@@ -213,7 +213,7 @@ static void test_cycles_are_collected(void)
 
 static void test_an_old_touch_keeps_nothing(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref ring[RING], next;
     uint64_t blocks;
     for (uint32_t i = 0; i < RING; i++)
@@ -233,13 +233,13 @@ static void test_an_old_touch_keeps_nothing(void)
     for (uint32_t i = 0; i < RING; i++)
         block_drop(&s->a, &ring[i]);
     CHECK(collect(&s->lead) == RING);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* What garbage names and others hold stays, with its count put right. */
 static void test_garbage_lets_go(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 4), kept = block_new(&s->a, 3000);
     node_store(&s->a, &x, 0, &x);
     node_store(&s->a, &x, 1, &kept);
@@ -250,7 +250,7 @@ static void test_garbage_lets_go(void)
     CHECK(count_of(&kept) == 1);
     must_be_sound(&s->a, EXACT_COUNTS);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* After a death the counters are put right by what is there. A block that the sweep has passed,
@@ -258,7 +258,7 @@ static void test_garbage_lets_go(void)
  * is counted as freed at its end. */
 static void test_a_recount_beside_deaths_of_nodes(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref kept = block_new(&s->a, 100), garbage = node_new(&s->a, 30);
     struct sh_ref wide = node_new(&s->a, 600), leaf = block_new(&s->a, 300);
     uint64_t blocks;
@@ -279,13 +279,13 @@ static void test_a_recount_beside_deaths_of_nodes(void)
     counters_must_be(&s->a, 2, wide.nbytes + 300);
     CHECK_OK(sh_flush(&s->a, 1000));
     counters_must_be(&s->a, 0, 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* What hangs on a name lives, however long the chain, and nothing else. */
 static void test_marking_follows_references(void)
 {
-    struct stage *s = stage_new(64 << 20, NO_LIMIT);
+    struct cast *s = cast_new(64 << 20, NO_LIMIT);
     struct sh_ref head = chain_new(&s->a, 5000), got, lost = node_new(&s->a, 1);
     CHECK_OK(sh_root_set(&s->a, "chain", 5, &head, 1000));
     node_store(&s->a, &lost, 0, &lost);
@@ -298,14 +298,14 @@ static void test_marking_follows_references(void)
     block_drop(&s->a, &got);
     CHECK_OK(sh_root_clear(&s->a, "chain", 5, 1000) == SH_DEFERRED ? sh_flush(&s->a, 1000) : SH_OK);
     CHECK(live_blocks(&s->a) == 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A reference that is moved, while marking, from where the collector has yet to look to where it
  * has looked: rule 6 keeps what it names. */
 static void test_a_reference_that_is_moved_while_marking(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref x = node_new(&s->a, 1), y = node_new(&s->a, 1), leaf = block_new(&s->a, 64);
     uint64_t marked, late, swept, bytes;
     struct handle h = handle_of(&s->a, &leaf);
@@ -328,14 +328,14 @@ static void test_a_reference_that_is_moved_while_marking(void)
     block_drop(&s->a, &x);
     block_drop(&s->a, &y);
     CHECK(live_blocks(&s->a) == 0);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A sweep that is given up has freed some of what it condemned, and the rest names it: brought back
  * by a handle, that rest would lead to what is gone. */
 static void test_a_sweep_that_is_given_up_goes_on(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct stopped stopped = {.c = &s->b};
     struct sh_ref x = node_new(&s->a, 2500), y = node_new(&s->a, 2), got;
     struct handle h = handle_of(&s->a, &y);
@@ -362,13 +362,13 @@ static void test_a_sweep_that_is_given_up_goes_on(void)
     CHECK_IS(handle_open(&s->b, &h, &got), SH_STALE);
     CHECK_OK(sh_mark(&s->lead, &n));
     end_collection(&s->lead);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* A count that a death left too high is brought back, so that a later drop frees at once. */
 static void test_counts_that_are_too_high_are_lowered(void)
 {
-    struct stage *s = stage_new(8 << 20, NO_LIMIT);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref n = node_new(&s->a, 2), leaf = block_new(&s->a, 64);
     node_store(&s->a, &n, 0, &leaf);
     CHECK(sh_count_up(leaf.word, leaf.gen, s->b.slot->phase)); /* and dies before its pin */
@@ -382,7 +382,7 @@ static void test_counts_that_are_too_high_are_lowered(void)
     block_drop(&s->a, &leaf);
     block_drop(&s->a, &n);
     CHECK(live_blocks(&s->a) == 0); /* without a further collection */
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Pauses */
@@ -405,7 +405,7 @@ static uint64_t last_pause(const struct sh_ctx *c)
 /* Of the heap lock, which whoever needs pages waits for. */
 static void test_a_pause_is_of_any_lock(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct sh_ref leaf = block_new(&s->b, 100), kept = shared(&s->a, &s->b, &leaf);
     arena_die(&s->b);
     reap_dead(&s->lead, UINT64_MAX);
@@ -414,13 +414,13 @@ static void test_a_pause_is_of_any_lock(void)
     MOMENT_CAME("log:entry");
     CHECK(last_pause(&s->lead) >= WHILE_NS);
     block_drop(&s->a, &kept);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* In which who opens a handle without a lease waits; also of a marking that is given up. */
 static void test_a_pause_is_the_end_of_marking(void)
 {
-    struct stage *s = stage_new(8 << 20);
+    struct cast *s = cast_new(8 << 20, NO_LIMIT);
     struct stopped stopped = {.c = &s->b};
     uint64_t n;
     CHECK_OK(sh_start_cycle(&s->lead));
@@ -445,7 +445,7 @@ static void test_a_pause_is_the_end_of_marking(void)
     collect(&s->lead);
     CHECK(last_pause(&s->lead) >= WHILE_NS);
     block_drop(&s->a, &leaf);
-    stage_end(s);
+    cast_end(s);
 }
 
 /* Deaths at the named points */

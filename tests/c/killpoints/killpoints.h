@@ -17,7 +17,7 @@
 
 /* Scenes */
 
-enum heap_stage {
+enum stage {
     EMPTY,
     HALF_FULL,
     NEARLY_FULL,
@@ -48,7 +48,7 @@ extern const size_t nops;
 
 struct scene {
     const struct op *op;
-    enum heap_stage stage;
+    enum stage stage;
     int fd;
     struct sh_ctx witness;        /* the survivor */
     struct sh_ref kept[MAX_KEPT]; /* its blocks, each full of one byte */
@@ -63,7 +63,7 @@ struct scene {
     uint8_t was[MAX_ITEMS], will[MAX_ITEMS]; /* what is in it before and after the operation */
 };
 
-void scene_make(struct scene *, const struct op *, enum heap_stage);
+void scene_make(struct scene *, const struct op *, enum stage);
 void scene_end(struct scene *);
 void fill_block(struct sh_ref *, uint8_t byte);
 void block_must_be_whole(const struct sh_ref *, int byte); /* -1: any one byte */

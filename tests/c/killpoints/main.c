@@ -41,7 +41,7 @@ struct moments {
 
 struct row {
     const struct op *op;
-    enum heap_stage stage;
+    enum stage stage;
     uint64_t share, of, doubles, kills;
     struct rng rng;
     bool stop;
@@ -396,7 +396,7 @@ int main(int argc, char **argv)
     uint64_t n[7];
     for (int i = 0; i < 7; i++)
         n[i] = strtoull(argv[2 + i], NULL, 10);
-    r.stage = (enum heap_stage)n[0];
+    r.stage = (enum stage)n[0];
     r.share = n[1];
     r.of = n[2];
     r.rng.state = 0x9e3779b97f4a7c15ull * (n[3] + 1);

@@ -71,7 +71,7 @@ static void fill_heap(struct scene *s, uint32_t pages)
     CHECK_OK(sh_root_set(&s->witness, "kept", 4, &s->kept[1], 1000));
 }
 
-void scene_make(struct scene *s, const struct op *op, enum heap_stage stage)
+void scene_make(struct scene *s, const struct op *op, enum stage stage)
 {
     memset(s, 0, sizeof *s);
     s->op = op;
