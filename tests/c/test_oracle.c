@@ -372,7 +372,8 @@ static void store_one(struct oracle *o, struct player *p, const struct hold *nod
         dropped(o, before);
 }
 
-/* One place, or a part of a wide node, names another block that its holder has, or none. */
+/* One place, or a part of a wide node, names another block that its holder has, the node itself, or
+ * none. */
 static void store(struct oracle *o)
 {
     struct player *p;
@@ -380,7 +381,9 @@ static void store(struct oracle *o)
     if (node == NULL)
         return;
     uint32_t n = node->block->nrefs, i = pick(o, n), end = n > 100 && i + 300 < n ? i + 300 : i + 1;
-    to = pick(o, 4) == 0 || o->nblocks > MOST_BLOCKS ? NULL : some_pin_of(o, p);
+    to = pick(o, 8) == 0 ? node : some_pin_of(o, p);
+    if (pick(o, 4) == 0 || o->nblocks > MOST_BLOCKS)
+        to = NULL;
     did(o, "store", p->id, node->block->off, i, to == NULL ? 0 : to->block->off);
     check_ref(o, &node->ref, node->block);
     for (; i < end; i++)
