@@ -16,6 +16,8 @@ General layout, from the ground up:
     plugins/                numpy: what is done for other packages
     payload, wires          how a value travels; the pipes between a pool and a worker
     dispatch, pool          who has which task; Pool
+    executor                ProcessPoolExecutor
+    forking                 plain multiprocessing, which sends handles
     progress                a bar
     cli/                    the commands
 
@@ -24,7 +26,9 @@ Imports run one way, upwards; a test holds them to it. docs/invariants.md number
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 if not sys.platform.startswith("linux"):
     raise ImportError(
@@ -61,10 +65,14 @@ from shmheap.errors import (
 )
 from shmheap.heap import Heap, open, unlink
 from shmheap.holders import Holder
-from shmheap.payload import readonly
-from shmheap.pool import Pool
 from shmheap.roots import Roots
 from shmheap.stats import GCReport, HeapStats, PoolStats, ScavengeReport, Traffic
+
+if TYPE_CHECKING:
+    from shmheap.executor import ProcessPoolExecutor
+    from shmheap.forking import install, uninstall
+    from shmheap.payload import readonly
+    from shmheap.pool import Pool
 
 __version__ = "0.1.0"
 
@@ -84,6 +92,7 @@ __all__ = [
     "Lease",
     "Pool",
     "PoolStats",
+    "ProcessPoolExecutor",
     "Roots",
     "ScavengeReport",
     "SharedDict",
@@ -91,7 +100,25 @@ __all__ = [
     "StaleHandle",
     "Traffic",
     "UntrustedArena",
+    "install",
     "open",
     "readonly",
+    "uninstall",
     "unlink",
 ]
+
+_LATER = {
+    "Pool": "shmheap.pool",
+    "ProcessPoolExecutor": "shmheap.executor",
+    "install": "shmheap.forking",
+    "readonly": "shmheap.payload",
+    "uninstall": "shmheap.forking",
+}
+"""Imported when they are asked for: coordinators, and most programs, need no multiprocessing."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return found

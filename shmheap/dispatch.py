@@ -28,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from shmheap.errors import HeapFull
-from shmheap.heap import Heap
+from shmheap.heap import Heap, temporary
 from shmheap.payload import NONE, Counts, Packer, Parcel, discard, unpack
 from shmheap.stats import PoolStats, Traffic
 from shmheap.wires import BODY_BYTES, COUNT_BYTES, Channel, Frame, Line, Result, Task, head_of
@@ -78,9 +78,7 @@ class Dispatcher:
         self, heap: Heap | None, min_bytes: int, strict: bool, allocator: bool, processes: int
     ) -> None:
         self._owns = heap is None
-        self._packer = Packer(
-            heap or Heap.create(), min_bytes, strict=strict, body_bytes=BODY_BYTES
-        )
+        self._packer = Packer(heap or temporary(), min_bytes, strict=strict, body_bytes=BODY_BYTES)
         self._allocator = allocator
         self._processes = processes
         self.on_death: Callable[[], object] = bool

@@ -749,6 +749,13 @@ def _known(nonce: int) -> Heap | None:
     return None
 
 
+def temporary() -> Heap:
+    """Make a heap without a name to remember: unlinked when nobody has it any more, or at exit."""
+    heap = Heap.create()
+    weakref.finalize(heap, _unlink_path, heap._path, heap.nonce)
+    return heap
+
+
 def ask_open_heaps(look: Callable[[Heap], T | None]) -> T | None:
     """Return the first that is not None of what open heaps of this process answer."""
     for reference in _open_heaps.valuerefs():

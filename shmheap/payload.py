@@ -45,7 +45,18 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-__all__ = ["MIN_BYTES", "Counts", "Packer", "Parcel", "discard", "readonly", "unpack"]
+__all__ = [
+    "MIN_BYTES",
+    "Counts",
+    "Packer",
+    "Parcel",
+    "discard",
+    "readonly",
+    "rebuild_array",
+    "rebuild_memoryview",
+    "slice_under",
+    "unpack",
+]
 
 MIN_BYTES = 65536
 """Buffers from this size on are better off in the heap. Fewer bytes take less time through the pipe
@@ -239,7 +250,7 @@ class _Packing:
 
     def view(self, view: memoryview) -> Any:
         """Reduce a memoryview, which pickle itself does not."""
-        return _rebuild_memoryview, (pickle.PickleBuffer(view), view.format, view.shape)
+        return rebuild_memoryview, (pickle.PickleBuffer(view), view.format, view.shape)
 
     def block(self, block: Block) -> Any:
         """Reduce a block: as ever, but we keep the lease in mind."""
@@ -350,27 +361,33 @@ def readonly(value: Any) -> Any:
 
 def _view(array: NDArray[Any], block: Block) -> tuple[Any, ...]:
     """Reduce an array that lies in a block, whatever its strides."""
+    raw, form = slice_under(array, block)
+    return rebuild_array, (pickle.PickleBuffer(raw), *form)
+
+
+def slice_under(array: NDArray[Any], block: Block) -> tuple[memoryview, tuple[Any, ...]]:
+    """Return the bytes of a block that an array spans, and what rebuild_array needs besides."""
     first, nbytes = arrays.extent(array)
     start = first - arrays.address(arrays.bytes_of(block))
     raw = memoryview(block)[start : start + nbytes]
     if not array.flags.writeable:
         raw = raw.toreadonly()
-    offset = arrays.address(array) - first
-    form = array.dtype, array.shape, offset, array.strides
-    return _rebuild_view, (pickle.PickleBuffer(raw), *form)
+    return raw, (array.dtype, array.shape, arrays.address(array) - first, array.strides)
 
 
-def _rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
+def rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
+    """Return a view of these bytes."""
     return memoryview(raw).cast("B").cast(format, shape)  # type: ignore[call-overload, no-any-return]
 
 
-def _rebuild_view(
-    raw: memoryview,
+def rebuild_array(
+    raw: Buffer,
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
     offset: int,
     strides: tuple[int, ...],
 ) -> NDArray[Any]:
+    """Return an array over these bytes."""
     import numpy
 
     return numpy.ndarray(shape, dtype, arrays.bytes_of(raw), offset, strides)

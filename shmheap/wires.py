@@ -39,7 +39,17 @@ if TYPE_CHECKING:
 
     from shmheap.block import Block
 
-__all__ = ["BODY_BYTES", "COUNT_BYTES", "Channel", "Frame", "Line", "Result", "Task", "head_of"]
+__all__ = [
+    "BODY_BYTES",
+    "COUNT_BYTES",
+    "Allocation",
+    "Channel",
+    "Frame",
+    "Line",
+    "Result",
+    "Task",
+    "head_of",
+]
 
 HEAD = struct.Struct("<QqQ")
 READY = -1
@@ -97,9 +107,7 @@ class Line:
         self.calls = calls
         self.results = results
         self.packer = packer
-        self.allocator = allocator
-        """Whether NumPy's own arrays are still to be made in the heap, once NumPy is there."""
-        self.allocating: AbstractContextManager[None] = nullcontext()
+        self.allocation = Allocation(packer, allocator)
         self.count: memoryview | None = None
         """Of calls that this worker has begun with: in shared memory, it outlives this process."""
 
@@ -117,9 +125,7 @@ class Line:
             call = reraise, (error,), {}
         if call[0] is not _helper_reraises_exception:
             call = run, ([call],), {}
-        if self.allocator and "numpy" in sys.modules:
-            self.allocator = False
-            self._allocate()
+        self.allocation.begin()
         return job, place, *call
 
     def put(self, result: Result) -> None:
@@ -137,17 +143,33 @@ class Line:
 
     def end(self) -> None:
         """End as a worker; once the pool has taken the last result, whose handles need a sender."""
-        self.allocating.__exit__(None, None, None)
+        self.allocation.end()
         with suppress(OSError):
             os.read(self.calls.fileno(), 1)
 
-    def _allocate(self) -> None:
-        from shmheap.plugins.numpy import allocator
 
-        allocating = allocator(self.packer.heap, min_bytes=self.packer.min_bytes)
-        with suppress(ImportError):  # a NumPy that it does not know: results are copied
-            allocating.__enter__()
-            self.allocating = allocating
+class Allocation:
+    """Has NumPy make its arrays in the heap, from the moment on at which NumPy is there."""
+
+    def __init__(self, packer: Packer, wanted: bool) -> None:
+        self.packer = packer
+        self.wanted = wanted
+        self.context: AbstractContextManager[None] = nullcontext()
+
+    def begin(self) -> None:
+        """Do so, if it is wanted and not done yet."""
+        if self.wanted and "numpy" in sys.modules:
+            self.wanted = False
+            from shmheap.plugins.numpy import allocator
+
+            context = allocator(self.packer.heap, min_bytes=self.packer.min_bytes)
+            with suppress(ImportError):  # a NumPy that it does not know: results are copied
+                context.__enter__()
+                self.context = context
+
+    def end(self) -> None:
+        """Leave it."""
+        self.context.__exit__(None, None, None)
 
 
 def run(calls: list[Any]) -> Any:

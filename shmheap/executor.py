@@ -1,0 +1,181 @@
+"""ProcessPoolExecutor: concurrent.futures' own, whose arguments and results stay where they are.
+
+    submit(fn, a)     the standard library's submit(run, Call)
+                      its thread pickles the Call     --bytes-->  unpickled as Arrived, bytes still
+                                                                  run: unpack them, fn(a), Outcome
+    future.result()   the value itself                <--bytes--  its worker pickles the Outcome
+
+Only its public interface is used: pickle asks Call and Outcome what they are made of.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+
+from shmheap.config import parse_size
+from shmheap.heap import Heap, temporary
+from shmheap.payload import MIN_BYTES, Packer, Parcel, unpack
+from shmheap.wires import Allocation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from multiprocessing.context import BaseContext
+
+__all__ = ["ProcessPoolExecutor"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
+    """concurrent.futures.ProcessPoolExecutor, as Pool is multiprocessing.Pool.
+
+    Has its whole interface and behaviour: as there, the death of a worker breaks it, and all that
+    was submitted fails with BrokenProcessPool.
+
+    Args:
+        max_workers: Number of workers; None: one for each CPU.
+        mp_context: From multiprocessing.get_context: how workers are started.
+        initializer: Called in each worker as it starts, with initargs.
+        initargs: Its arguments.
+        max_tasks_per_child: Tasks after which a worker is replaced; None: never.
+        heap: Where arguments and results are copied to; None: the executor makes one, and removes
+            it when it is shut down. Results stay valid as long as somebody has them.
+        min_bytes: Buffers of fewer bytes go through a pipe.
+        strict: Raise HeapFull where the heap has no room, instead of using the pipe with a warning.
+        allocator: In workers, arrays that NumPy makes are made in the heap.
+
+    Raises what the standard library's and Heap.create raise.
+
+    Cost: that of the standard library's, and a heap's, if it makes one.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        heap: Heap | None = None,
+        min_bytes: int | str = MIN_BYTES,
+        strict: bool = False,
+        allocator: bool = True,
+    ) -> None:
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        packer = Packer(heap or temporary(), parse_size(min_bytes), strict=strict)
+        self._terms = _Terms(packer, allocator, initializer, initargs)
+        self._own = heap is None
+        super().__init__(
+            max_workers, mp_context, _start, (self._terms,), max_tasks_per_child=max_tasks_per_child
+        )
+
+    @property
+    def heap(self) -> Heap:
+        """The heap of arguments and results. ValueError after shutdown, if it was its own."""
+        if self._terms.packer is None:
+            raise ValueError("the executor was shut down, and the heap that it made with it")
+        return self._terms.packer.heap
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a worker call fn(*args, **kwargs); see concurrent.futures."""
+        call = _Call(self._terms, (fn, args, kwargs))
+        future: Future[T] = super().submit(_run, call)  # type: ignore[arg-type]
+        future.add_done_callback(call.end)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End; see concurrent.futures. A heap of its own is unlinked when the last task has ended.
+
+        Args:
+            wait: Return only then.
+            cancel_futures: Cancel what has not begun.
+        """
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if self._own and wait and self._terms.packer is not None:
+            self.heap.unlink()
+            self._terms.packer = None  # and the heap with it; results keep what they need of it
+
+
+class _Terms:
+    """What a worker is told when it starts."""
+
+    def __init__(
+        self,
+        packer: Packer,
+        allocator: bool,
+        initializer: Callable[..., object] | None,
+        initargs: tuple[Any, ...],
+    ) -> None:
+        self.packer: Packer | None = packer
+        self.allocator = allocator
+        self.initializer = initializer
+        self.initargs = initargs
+
+
+class _Call:
+    """A call on its way, and what its arguments hold until it has ended."""
+
+    def __init__(self, terms: _Terms, call: tuple[Any, ...]) -> None:
+        self._terms = terms
+        self._call = call
+        self._parcel: Parcel | None = None
+        self._ended = False
+
+    def __reduce__(self) -> tuple[type[_Arrived], tuple[bytes]]:
+        assert self._terms.packer is not None, "it is there until all calls have ended"
+        self._parcel = parcel = self._terms.packer.pack(self._call)
+        if self._ended:  # meanwhile
+            parcel.release()
+        return _Arrived, (parcel.body,)
+
+    def end(self, _future: object) -> None:
+        self._ended = True
+        if self._parcel is not None:
+            self._parcel.release()
+
+
+class _Arrived(NamedTuple):
+    """A call in its worker. It is unpacked where an error is its own, not the worker's."""
+
+    body: bytes
+
+
+class _Outcome:
+    """A result on its way: there is none at either end."""
+
+    def __init__(self, value: Any, packer: Packer) -> None:
+        self._value = value
+        self._packer = packer
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return _opened, (self._packer.pack(self._value).body,)
+
+
+def _opened(body: bytes) -> Any:
+    return unpack(body)[0]
+
+
+# In a worker
+
+_allocation: list[Allocation] = []
+"""The worker's."""
+
+
+def _start(terms: _Terms) -> None:
+    """A worker's initializer."""
+    assert terms.packer is not None
+    terms.packer.views = False  # what it packs are results
+    _allocation[:] = [Allocation(terms.packer, terms.allocator)]
+    if terms.initializer is not None:
+        terms.initializer(*terms.initargs)
+
+
+def _run(arrived: _Arrived) -> _Outcome:
+    fn, args, kwargs = _opened(arrived.body)
+    _allocation[0].begin()
+    return _Outcome(fn(*args, **kwargs), _allocation[0].packer)
