@@ -31,7 +31,17 @@ from shmheap.errors import HeapFull
 from shmheap.heap import Heap, temporary
 from shmheap.payload import NONE, Counts, Packer, Parcel, discard, unpack
 from shmheap.stats import PoolStats, Traffic
-from shmheap.wires import BODY_BYTES, COUNT_BYTES, Channel, Frame, Line, Result, Task, head_of
+from shmheap.wires import (
+    COUNT_BYTES,
+    HEAD,
+    STREAM_BYTES,
+    Channel,
+    Frame,
+    Line,
+    Result,
+    Task,
+    head_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,11 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["Dispatcher"]
 
 FEW_TASKS = 32
-"""Where all pipes are full (16 packets each), the thread of tasks sleeps until they have so many on
+"""Where all pipes are full (64 packets each), the thread of tasks sleeps until they have so many on
 average: the two threads take turns once for several tasks."""
-ALONE_BYTES = 1 << 20
-"""A task of so many bytes of memory is given to an idle worker only: arguments are not copied in
-long before their turn."""
 LARGE_BYTES = 1 << 20
 """A copy of so many bytes is worth a hint."""
 
@@ -78,7 +85,9 @@ class Dispatcher:
         self, heap: Heap | None, min_bytes: int, strict: bool, allocator: bool, processes: int
     ) -> None:
         self._owns = heap is None
-        self._packer = Packer(heap or temporary(), min_bytes, strict=strict, body_bytes=BODY_BYTES)
+        self._packer = Packer(
+            heap or temporary(), min_bytes, strict=strict, stream_bytes=STREAM_BYTES
+        )
         self._allocator = allocator
         self._processes = processes
         self.on_death: Callable[[], object] = bool
@@ -152,7 +161,7 @@ class Dispatcher:
         """Give a task to a worker, to an idle one if there is one; whether one has room."""
         if self._idle:
             return self._give_to(self._idle.pop(), task)
-        if task.nbytes > ALONE_BYTES:
+        if task.alone:
             return False
         for _ in range(len(self._ring)):
             self._ring.rotate(-1)
@@ -197,9 +206,8 @@ class Dispatcher:
 
     def _opened(self, arrival: Arrival) -> Result:
         channel, frame = arrival
-        job, place, body = head_of(frame)
         try:
-            outcome, counts = unpack(body)
+            outcome, counts = unpack(frame, HEAD.size)
         except Exception as error:
             outcome, counts = (False, error), NONE
         channel.unopened -= 1
@@ -207,7 +215,7 @@ class Dispatcher:
             with self._changed:
                 self._hang_up(channel)
         self._tally.received(counts)
-        return job, place, outcome
+        return *head_of(frame), outcome
 
     def _receive(self, channel: Channel) -> bool:
         """Take what a worker sent; whether there was anything."""
@@ -359,7 +367,7 @@ class Dispatcher:
             task.parcel.release()
         for result in self._results:
             if isinstance(result, Arrival):
-                discard(head_of(result.frame)[2])
+                discard(result.frame, HEAD.size)
         self._returned.clear()
         self._results.clear()
         self.leave()

@@ -25,7 +25,6 @@ import struct
 import sys
 import warnings
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmheap import arrays
@@ -84,6 +83,7 @@ class Counts(NamedTuple):
 
 
 NONE = Counts()
+NOTHING = list(NONE)
 
 
 class Head(NamedTuple):
@@ -120,7 +120,7 @@ class Packer:
         strict: Raise HeapFull where there is no room, instead of sending through the pipe.
         views: Send every view of a heap as a handle, however small. Results are not: an array of
             ten elements shall not keep the block of a million alive of which it is a slice.
-        body_bytes: A body of more bytes has its stream in a block.
+        stream_bytes: A stream of more bytes goes into a block.
     """
 
     def __init__(
@@ -130,13 +130,13 @@ class Packer:
         *,
         strict: bool = False,
         views: bool = True,
-        body_bytes: int = MIN_BYTES,
+        stream_bytes: int = MIN_BYTES,
     ) -> None:
         self.heap = heap
         self.min_bytes = min_bytes
         self.strict = strict
         self.views = views
-        self.body_bytes = body_bytes
+        self.stream_bytes = stream_bytes
 
     def pack(self, value: object, *, strict: bool | None = None) -> Parcel:
         """Return a value as a parcel.
@@ -166,26 +166,26 @@ class _Packing:
         self.leases: list[Lease] = []
         self.buffers: list[tuple[Any, ...]] = []
         self.handles: list[tuple[Any, ...]] = []
-        self.counts = [0, 0, 0, 0, 0]
+        self.counts = NOTHING.copy()
         self.copies: list[Block] = []
         """Made here, and alive until the stream is written."""
 
     def pack(self, value: object) -> Parcel:
-        written: list[Any] = []
-        _Pickler(written.append, self).dump(value)
+        written = _Pieces()
+        _Pickler(written, self).dump(value)
+        if self.counts == NOTHING and not self.leases and len(written) == 1:
+            stream = written[0]
+            if len(stream) <= self.packer.stream_bytes:
+                return Parcel(NO_HEAD + stream)
         pieces = [raw.raw() if type(raw) is pickle.PickleBuffer else raw for raw in written]
-        nbytes = LENGTH.size + sum(map(len, pieces))
-        large = nbytes > self.packer.body_bytes
-        if not large and not self.leases and not any(self.counts):
-            return Parcel(b"".join((NO_HEAD, *pieces)))
-        stream = self.stream_in_block(pieces, nbytes - LENGTH.size) if large else None
-        head = marshal.dumps((stream, self.buffers, self.handles, self.counts))
+        moved = self.stream_in_block(pieces, sum(map(len, pieces)))
+        head = marshal.dumps((moved, self.buffers, self.handles, self.counts))
         body = b"".join((LENGTH.pack(len(head)), head, *pieces))
         return Parcel(body, self.leases, Counts(*self.counts))
 
     def stream_in_block(self, pieces: list[Any], nbytes: int) -> tuple[Any, ...] | None:
-        """Write the stream into a block, unless there was no room for a part of it already."""
-        if self.counts[4]:
+        """Write a large stream into a block, if there was room for what is in none so far."""
+        if nbytes <= self.packer.stream_bytes or self.counts[4]:
             return None
         block = self.unless_full(nbytes, lambda heap: heap.alloc(nbytes, zero=False))
         if block is None:
@@ -282,13 +282,17 @@ class _Packing:
         return tuple(lease.handle), start, nbytes
 
 
+class _Pieces(list[Any]):
+    """A file for a pickler: it gets small things in one piece, and large ones as they are."""
+
+    write = list.append
+
+
 class _Pickler(ForkingPickler):
     """multiprocessing's, with a third kind of callback."""
 
-    def __init__(self, write: Callable[[Any], object], packing: _Packing) -> None:
-        pickle.Pickler.__init__(
-            self, SimpleNamespace(write=write), PROTOCOL, buffer_callback=packing.buffer
-        )
+    def __init__(self, file: _Pieces, packing: _Packing) -> None:
+        pickle.Pickler.__init__(self, file, PROTOCOL, buffer_callback=packing.buffer)
         table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
         table[Block] = packing.block
         table[memoryview] = packing.view
@@ -297,13 +301,17 @@ class _Pickler(ForkingPickler):
         self.dispatch_table = table
 
 
-def unpack(body: Buffer) -> tuple[Any, Counts]:
+def unpack(body: Buffer, start: int = 0) -> tuple[Any, Counts]:
     """Return the value of a parcel's body, and what became of its buffers.
+
+    Args:
+        body: The bytes.
+        start: Where in them it begins.
 
     Raises StaleHandle if a block of it is gone, and what unpickling raises.
     Cost: an unpickling, and for each buffer a pin.
     """
-    head, stream = _head_of(body)
+    head, stream = _head_of(body, start)
     if head is None:
         return pickle.loads(stream), NONE
     try:
@@ -316,17 +324,19 @@ def unpack(body: Buffer) -> tuple[Any, Counts]:
         raise
 
 
-def discard(body: Buffer) -> None:
+def discard(body: Buffer, start: int = 0) -> None:
     """End the leases of a parcel that nobody unpacks."""
-    head, _ = _head_of(body)
+    head, _ = _head_of(body, start)
     if head is not None:
         _release(head)
 
 
-def _head_of(body: Buffer) -> tuple[Head | None, memoryview]:
-    (nbytes,) = LENGTH.unpack_from(body)
-    view, end = memoryview(body), LENGTH.size + nbytes
-    return (Head(*marshal.loads(view[LENGTH.size : end])) if nbytes else None), view[end:]
+def _head_of(body: Buffer, start: int) -> tuple[Head | None, memoryview]:
+    (nbytes,) = LENGTH.unpack_from(body, start)
+    start += LENGTH.size
+    end = start + nbytes
+    view = memoryview(body)
+    return (Head(*marshal.loads(view[start:end])) if nbytes else None), view[end:]
 
 
 def _take(handle: tuple[Any, ...], start: int, nbytes: int) -> memoryview:

@@ -28,11 +28,11 @@ from multiprocessing.pool import (  # type: ignore[attr-defined]
     ExceptionWithTraceback,
     _helper_reraises_exception,
 )
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from shmheap.block import Block, Lease
 from shmheap.errors import HeapFull
-from shmheap.payload import Packer, Parcel, unpack
+from shmheap.payload import LENGTH, Packer, Parcel, unpack
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from shmheap.block import Block
 
 __all__ = [
-    "BODY_BYTES",
     "COUNT_BYTES",
+    "HEAD",
+    "STREAM_BYTES",
     "Allocation",
     "Channel",
     "Frame",
@@ -57,6 +58,10 @@ READY = -1
 PACKET_BYTES = select.PIPE_BUF
 BODY_BYTES = PACKET_BYTES - HEAD.size
 """The largest body of a call that can be queued ahead."""
+STREAM_BYTES = BODY_BYTES - LENGTH.size
+ALONE_BYTES = 1 << 20
+"""A call with more bytes of copies is not queued ahead: arguments are not copied in long before
+their turn."""
 COUNT_BYTES = 8
 DEPTH = 64
 """So many calls can be queued ahead: each packet takes a page of a pipe."""
@@ -68,28 +73,25 @@ Result = tuple[int, int, tuple[bool, Any]]
 """Job, place in it, and success and value: what the standard library's pool calls a task, too."""
 
 
-class Task(NamedTuple):
+class Task:
     """A packed call, and what it is to the pool."""
 
-    job: int
-    place: int
-    parcel: Parcel
+    __slots__ = ("alone", "is_large", "job", "parcel", "place")
 
-    @property
-    def frame_bytes(self) -> int:
-        """What it takes of a pipe."""
-        return HEAD.size + len(self.parcel.body)
-
-    @property
-    def nbytes(self) -> int:
-        """Of memory that waits with it."""
-        return len(self.parcel.body) + self.parcel.counts.copied_bytes
+    def __init__(self, job: int, place: int, parcel: Parcel) -> None:
+        self.job = job
+        self.place = place
+        self.parcel = parcel
+        self.is_large = len(parcel.body) > BODY_BYTES
+        """Than a packet."""
+        self.alone = self.is_large or parcel.counts.copied_bytes > ALONE_BYTES
+        """It is for an idle worker only."""
 
 
-def head_of(frame: Frame) -> tuple[int, int, memoryview]:
-    """Return job, place and body."""
+def head_of(frame: Frame) -> tuple[int, int]:
+    """Return job and place. The body begins at HEAD.size."""
     _, job, place = HEAD.unpack_from(frame)
-    return job, place, memoryview(frame)[HEAD.size :]
+    return job, place
 
 
 class Line:
@@ -117,16 +119,16 @@ class Line:
             begun = self.begun.take() if isinstance(self.begun, Lease) else self.begun
             self.count = memoryview(begun).cast("Q")
             write_all(self.results.fileno(), READY, 0, b"")
-        job, place, body = head_of(read_frame(self.calls.fileno()))
+        frame = read_frame(self.calls.fileno())
         self.count[0] += 1
         try:
-            call, _ = unpack(body)
+            call, _ = unpack(frame, HEAD.size)
         except Exception as error:
             call = reraise, (error,), {}
         if call[0] is not _helper_reraises_exception:
             call = run, ([call],), {}
         self.allocation.begin()
-        return job, place, *call
+        return *head_of(frame), *call
 
     def put(self, result: Result) -> None:
         """Send a result. Raises what packing it raises."""
@@ -185,14 +187,22 @@ def reraise(error: Exception) -> None:
 
 def read_frame(fd: int) -> bytes:
     """Read one call, however long that takes. Raises EOFError at the end."""
-    packets = [os.read(fd, PACKET_BYTES)]
-    missing = HEAD.size + HEAD.unpack_from(packets[0])[0] - len(packets[0]) if packets[0] else 0
-    while missing and packets[-1]:
-        packets.append(os.read(fd, PACKET_BYTES))
+    frame = _read_packet(fd)
+    missing = HEAD.size + HEAD.unpack_from(frame)[0] - len(frame)
+    if not missing:
+        return frame
+    packets = [frame]
+    while missing:
+        packets.append(_read_packet(fd))
         missing -= len(packets[-1])
-    if not packets[-1]:
-        raise EOFError
     return b"".join(packets)
+
+
+def _read_packet(fd: int) -> bytes:
+    packet = os.read(fd, PACKET_BYTES)
+    if not packet:
+        raise EOFError
+    return packet
 
 
 def write_all(fd: int, job: int, place: int, body: bytes) -> None:
@@ -249,7 +259,7 @@ class Channel:
         """Send a task, if there is room for it. One that is larger than a packet is alone."""
         if self.left is not None and len(self.tasks) >= self.left:
             return False
-        if self.tasks and max(task.frame_bytes, self.tasks[0].frame_bytes) > PACKET_BYTES:
+        if self.tasks and (task.is_large or self.tasks[0].is_large):
             return False
         try:
             self.unsent = write_some(self.to, task.job, task.place, task.parcel.body)
@@ -268,8 +278,8 @@ class Channel:
         taken: list[Task] = []
         with suppress(BlockingIOError):
             for _ in range(len(self.tasks) // 2):
-                job, place, _body = head_of(os.read(self.unread, PACKET_BYTES))
-                found = next(t for t in self.tasks if (t.job, t.place) == (job, place))
+                place = head_of(os.read(self.unread, PACKET_BYTES))
+                found = next(t for t in self.tasks if (t.job, t.place) == place)
                 self.tasks.remove(found)
                 taken.append(found)
         return taken
@@ -312,7 +322,8 @@ class Channel:
                 break
             frames.append(view[start:end])
             start = end
-        self.received += view[start:]
+        if start < len(read):
+            self.received += view[start:]
         return frames
 
     # Its life

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -134,10 +135,10 @@ def test_cancelling(make: Make) -> None:
     executor.shutdown(wait=False, cancel_futures=True)
     here.send("go on")
     assert first.result(work.PATIENCE_S) == "go on"
-    with pytest.raises(CancelledError):
-        futures[-1].result(work.PATIENCE_S)
-    executor.shutdown()
-    assert all(future.done() for future in futures)
+    for future in futures:
+        with suppress(CancelledError):
+            assert future.result(work.PATIENCE_S) == N
+    assert futures[-1].cancelled()
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.submit(work.square, 1)
 
