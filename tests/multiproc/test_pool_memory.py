@@ -349,7 +349,7 @@ if __name__ == "__main__":
 
 def test_ctrl_c_in_the_middle(heap_name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CTRL_C, heap_name],
+        [sys.executable, "-P", "-c", CTRL_C, heap_name],
         capture_output=True,
         text=True,
         start_new_session=True,
