@@ -176,6 +176,27 @@ def test_cycles_are_collected(hand: HeapByHand, kind: str) -> None:
     assert hand.stats.heap_objects == 0
 
 
+def nested(depth: int) -> tuple[Any, ...]:
+    return (nested(depth - 1), depth) if depth else ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (), (1,), (None, True, False, -1, 2**63 - 1, -(2**63), 0.5, -0.0, "é", "\ud800", b"\0"),
+        (2**63,), (1j,), *(("x" * n,) for n in (14, 15, 97, 98, 99, 255, 256, 20_000)),
+        (0,) * 100, (0,) * 101, *map(nested, range(12)), nested(100), ("a", (1, frozenset({2}))),
+    ],
+    ids=lambda value: f"{len(repr(value))}",
+)  # fmt: skip
+def test_tuples_come_back_as_they_were(heap: Heap, value: tuple[Any, ...]) -> None:
+    """By the core, the small ones of scalars; by shmheap.values the others."""
+    mapping, sequence = heap.dict(value={1: value}), heap.list(value=[value])
+    heap.roots["value"] = value
+    for found in (mapping[1], sequence[0], *sequence, heap.roots["value"]):
+        assert repr(found) == repr(value)
+
+
 def test_no_room_changes_nothing(heap_name: str) -> None:
     with Heap.create(heap_name, capacity="1MiB") as heap:
         mapping, sequence = heap.dict(value={"a": 1}), heap.list(value=[1])

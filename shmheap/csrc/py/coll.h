@@ -14,6 +14,8 @@ enum {
     SH_V_STR,   /* UTF-8 */
     SH_V_BYTES,
     SH_V_COMPLEX, /* of a key: two doubles */
+    SH_V_TUPLE,   /* a small one; of each item a byte, kind:4 length:4, and its bytes; a length from
+                     15 on has a byte of its own */
     SH_V_OTHER = SH_KIND_HARD
 };
 
@@ -24,9 +26,11 @@ typedef struct {
     struct sh_use use;
 } Coll;
 
+#define TUPLE_MAX 100u /* bytes */
+
 struct value {
     struct sh_value v;
-    uint8_t bytes[8];
+    uint8_t bytes[TUPLE_MAX];
     struct sh_ref refs[4], *more; /* of what it names */
     PyObject *owner;              /* keeps bytes and blocks */
 };

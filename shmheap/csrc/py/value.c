@@ -1,4 +1,4 @@
-/* Python objects and records: scalars here, all else by shmheap.values. */
+/* Python objects and records: scalars and small tuples here, all else by shmheap.values. */
 
 #include "coll.h"
 
@@ -84,8 +84,12 @@ static bool plain(struct value *value, uint32_t kind, const void *bytes, uint64_
     return nbytes <= SH_VALUE_MAX;
 }
 
-/* The scalars. False without an error: it is none, or too long. */
-static bool scalar(PyObject *o, struct value *value)
+#define DEEP 8u /* tuples in tuples; of more, shmheap.values */
+
+static bool small_tuple(PyObject *o, struct value *value, uint32_t deep);
+
+/* Scalars and small tuples. False without an error: it is none, or too long. */
+static bool scalar(PyObject *o, struct value *value, uint32_t deep)
 {
     Py_ssize_t n = 0;
     int overflow = 0;
@@ -106,7 +110,37 @@ static bool scalar(PyObject *o, struct value *value)
     }
     if (PyBytes_CheckExact(o) && PyBytes_AsStringAndSize(o, (char **)&value->v.bytes, &n) == 0)
         return plain(value, SH_V_BYTES, value->v.bytes, (uint64_t)n);
-    return false;
+    return PyTuple_CheckExact(o) && deep < DEEP && small_tuple(o, value, deep);
+}
+
+/* Puts one behind the others. False: there is no room. */
+static bool put_item(struct value *value, uint32_t *used, const struct sh_value *item)
+{
+    uint32_t n = item->nbytes, head = n < 15 ? 1 : 2;
+    if (n > UINT8_MAX || *used + head + n > TUPLE_MAX)
+        return false;
+    value->bytes[*used] = (uint8_t)(item->kind | (n < 15 ? n : 15) << 4);
+    if (head == 2)
+        value->bytes[*used + 1] = (uint8_t)n;
+    if (n != 0)
+        memcpy(value->bytes + *used + head, item->bytes, n);
+    *used += head + n;
+    return true;
+}
+
+static bool small_tuple(PyObject *o, struct value *value, uint32_t deep)
+{
+    uint32_t used = 0;
+    for (Py_ssize_t i = 0, n = PyTuple_Size(o); i < n; i++) {
+        struct value item;
+        item.owner = NULL;
+        bool fits =
+            scalar(PyTuple_GetItem(o, i), &item, deep + 1) && put_item(value, &used, &item.v);
+        Py_XDECREF(item.owner);
+        if (!fits)
+            return false;
+    }
+    return plain(value, SH_V_TUPLE, value->bytes, used);
 }
 
 static bool blocks_of(struct box *b, PyObject *blocks, struct value *value)
@@ -165,7 +199,7 @@ bool value_from(PyObject *container, struct box *b, PyObject *o, struct value *v
 {
     value->owner = NULL;
     value->more = NULL;
-    if (scalar(o, value))
+    if (scalar(o, value, 0))
         return true;
     if (!PyErr_Occurred() && other(container, b, o, value))
         return true;
@@ -180,8 +214,12 @@ void value_end(struct value *value)
         PyMem_Free(value->more);
 }
 
-static PyObject *scalar_of(uint32_t kind, const uint8_t *bytes, uint32_t n)
+static PyObject *tuple_of(const uint8_t *bytes, uint32_t n, uint32_t deep);
+
+static PyObject *scalar_of(uint32_t kind, const uint8_t *bytes, uint32_t n, uint32_t deep)
 {
+    if (kind == SH_V_TUPLE && deep < DEEP)
+        return tuple_of(bytes, n, deep);
     switch (kind) {
     case SH_V_NONE:
         return Py_NewRef(Py_None);
@@ -199,6 +237,38 @@ static PyObject *scalar_of(uint32_t kind, const uint8_t *bytes, uint32_t n)
     default:
         return PyErr_Format(state->HeapCorrupt, "a record has a value of kind %u", kind);
     }
+}
+
+/* The item that starts there, as far as there are bytes. False: that was all. */
+static bool next_item(const uint8_t **at, const uint8_t *end, struct sh_value *item)
+{
+    if (*at == end)
+        return false;
+    uint32_t head = *(*at)++, n = head >> 4;
+    if (n == 15 && *at < end)
+        n = *(*at)++;
+    n = n < end - *at ? n : (uint32_t)(end - *at);
+    *item = (struct sh_value){.kind = head & 15u, .nbytes = n, .bytes = *at};
+    *at += n;
+    return true;
+}
+
+static PyObject *tuple_of(const uint8_t *bytes, uint32_t n, uint32_t deep)
+{
+    struct sh_value item;
+    Py_ssize_t i = 0;
+    const uint8_t *at = bytes, *end = bytes + n;
+    while (next_item(&at, end, &item))
+        i++;
+    PyObject *tuple = PyTuple_New(i), *value;
+    at = bytes;
+    for (i = 0; tuple != NULL && next_item(&at, end, &item); i++) {
+        if ((value = scalar_of(item.kind, item.bytes, item.nbytes, deep + 1)) == NULL)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SetItem(tuple, i, value);
+    }
+    return tuple;
 }
 
 void found_end(struct box *b, struct sh_found *f)
@@ -258,8 +328,8 @@ static PyObject *other_of(PyObject *container, struct box *b, const struct sh_fo
 
 PyObject *value_decode(PyObject *container, struct box *b, struct sh_found *f)
 {
-    PyObject *value =
-        f->kind < SH_V_OTHER ? scalar_of(f->kind, f->value, f->nbytes) : other_of(container, b, f);
+    PyObject *value = f->kind < SH_V_OTHER ? scalar_of(f->kind, f->value, f->nbytes, 0)
+                                           : other_of(container, b, f);
     found_end(b, f);
     return value;
 }
@@ -418,5 +488,5 @@ PyObject *key_decode(const struct sh_found *f)
         memcpy(parts, f->key, sizeof parts);
         return PyComplex_FromDoubles(parts[0], parts[1]);
     }
-    return as_form(scalar_of(f->key_kind, f->key, f->key_bytes), f->key_form);
+    return as_form(scalar_of(f->key_kind, f->key, f->key_bytes, 0), f->key_form);
 }
