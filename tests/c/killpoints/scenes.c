@@ -549,6 +549,11 @@ static void list_that_names(struct scene *s)
     block_drop(W, &r);
     s->was[FEW - 1] = NEW + 2;
 }
+static void list_to_copy(struct scene *s)
+{
+    list_that_names(s);
+    memcpy(s->will, s->was, sizeof s->will);
+}
 /* A table of two slices, nearly all of whose keys were deleted: the next key makes a small one. Of
  * fewer places, where there is no room. */
 static void dict_to_shrink(struct scene *s)
@@ -733,6 +738,12 @@ static void get_two(struct scene *s)
 static void clear_dict(struct scene *s)
 {
     may_be_full(sh_dict_clear(V, &s->use, 1000));
+}
+static void copy_list(struct scene *s)
+{
+    struct sh_copy copy = {.stop = INT64_MAX};
+    may_be_full(sh_list_copy(V, &s->use, &copy, 1000));
+    free(copy.bytes);
 }
 static void set_item(struct scene *s)
 {
@@ -1018,6 +1029,7 @@ const struct op ops[] = {
     {"list-grow", 0, list_to_grow, open_coll, put_full},
     {"list-grow-far", 0, list_to_grow_far, open_coll, put_many},
     {"list-pop-naming", 0, list_that_names, open_new, pop_two},
+    {"list-copy", 0, list_to_copy, open_new, copy_list},
     {"list-set", 0, list_to_set, open_coll, set_item},
     {"list-pop", 0, list_to_pop, open_coll, pop_two},
     {"list-splice", 0, list_to_splice, open_to_splice, splice_list},
