@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shmheap.errors import HeapFull
 from shmheap.heap import Heap, temporary
-from shmheap.payload import NONE, Counts, Packer, Parcel, discard, unpack
+from shmheap.payload import NONE, Carried, Counts, Packer, Parcel, discard, unpack
 from shmheap.stats import PoolStats, Traffic
 from shmheap.wires import (
     COUNT_BYTES,
@@ -187,8 +187,11 @@ class Dispatcher:
     # The thread of results
 
     def get(self) -> Result | None:
-        """Return the next result; None when woken."""
+        """Return the next result; None when woken, or when closed by the thread that asks: its last
+        result may have been all that knew the pool."""
         while not self._results:
+            if self._poll.closed:
+                return None
             for fd, _ in self._poll.poll():
                 if (handle := self._handlers.get(fd)) is not None:
                     handle()
@@ -287,15 +290,16 @@ class Dispatcher:
 
     # Workers come and go
 
-    def connect(self, max_tasks: int | None) -> tuple[Channel, Line]:
+    def connect(self, max_tasks: int | None, initargs: tuple[Any, ...]) -> tuple[Channel, Line]:
         """Make both ends for a worker that is about to be started."""
         packer = self._packer
-        channel = Channel(max_tasks, packer.heap.alloc(COUNT_BYTES))
+        carried = Carried(initargs, packer)
+        channel = Channel(max_tasks, packer.heap.alloc(COUNT_BYTES), carried)
         with self._changed:
             self._channels.add(channel)
         results = Packer(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
         return channel, Line(
-            channel.calls, channel.results, channel.lease, results, self._allocator
+            channel.calls, channel.results, channel.lease, carried, results, self._allocator
         )
 
     def started(self, channel: Channel, process: BaseProcess) -> None:
@@ -309,6 +313,7 @@ class Dispatcher:
         with self._changed:
             self._channels.discard(channel)
         channel.close_others()
+        channel.release()
         channel.close()
 
     def _bury(self, channel: Channel) -> None:
@@ -328,6 +333,7 @@ class Dispatcher:
             self._ignore(channel.back)
             self._ignore(channel.end)
             end = how_it_ended(channel)
+            channel.release()
             channel.close()
             if not channel.ready:
                 self._stillborn += 1
@@ -363,6 +369,7 @@ class Dispatcher:
             while self._receive(channel):
                 pass
             self._returned.extend(channel.tasks)
+            channel.release()
         for task in self._returned:
             task.parcel.release()
         for result in self._results:

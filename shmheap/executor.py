@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from shmheap.config import parse_size
 from shmheap.heap import Heap, temporary
-from shmheap.payload import MIN_BYTES, Packer, Parcel, unpack
+from shmheap.payload import MIN_BYTES, Carried, Packer, Parcel, unpack
 from shmheap.wires import Allocation
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         max_workers: Number of workers; None: one for each CPU.
         mp_context: From multiprocessing.get_context: how workers are started.
         initializer: Called in each worker as it starts, with initargs.
-        initargs: Its arguments.
+        initargs: Its arguments; what is large in them goes as that of a task does, to each worker.
         max_tasks_per_child: Tasks after which a worker is replaced; None: never.
         heap: Where arguments and results are copied to; None: the executor makes one, and removes
             it when it is shut down. Results stay valid as long as somebody has them.
@@ -96,6 +96,8 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
             cancel_futures: Cancel what has not begun.
         """
         super().shutdown(wait, cancel_futures=cancel_futures)
+        if wait:
+            self._terms.initargs.release()
         if self._own and wait and self._terms.packer is not None:
             self.heap.unlink()
             self._terms.packer = None  # and the heap with it; results keep what they need of it
@@ -114,7 +116,7 @@ class _Terms:
         self.packer: Packer | None = packer
         self.allocator = allocator
         self.initializer = initializer
-        self.initargs = initargs
+        self.initargs = Carried(initargs, packer)
 
 
 class _Call:
@@ -172,7 +174,7 @@ def _start(terms: _Terms) -> None:
     terms.packer.views = False  # what it packs are results
     _allocation[:] = [Allocation(terms.packer, terms.allocator)]
     if terms.initializer is not None:
-        terms.initializer(*terms.initargs)
+        terms.initializer(*terms.initargs.value)
 
 
 def _run(arrived: _Arrived) -> _Outcome:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIN_BYTES",
+    "Carried",
     "Counts",
     "Packer",
     "Parcel",
@@ -322,6 +323,35 @@ def unpack(body: Buffer, start: int = 0) -> tuple[Any, Counts]:
     except BaseException:
         _release(head)
         raise
+
+
+class Carried:
+    """A value that a process gets as it starts: as it is if that is forked, packed if not.
+
+    Args:
+        value: The value.
+        packer: Who packs it; None where it has arrived.
+    """
+
+    def __init__(self, value: Any, packer: Packer | None = None) -> None:
+        self.value = value
+        self._packer = packer
+        self._parcels: list[Parcel] = []
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Carried], tuple[bytes]]:
+        assert self._packer is not None, "it goes one way"
+        self._parcels.append(self._packer.pack(self.value))
+        return _arrived, (self._parcels[-1].body,)
+
+    def release(self) -> None:
+        """End what no process took, and forget the value. Idempotent."""
+        for parcel in self._parcels:
+            parcel.release()
+        self.value = self._packer = None
+
+
+def _arrived(body: bytes) -> Carried:
+    return Carried(unpack(body)[0])
 
 
 def discard(body: Buffer, start: int = 0) -> None:

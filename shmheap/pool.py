@@ -47,7 +47,7 @@ class Pool(multiprocessing.pool.Pool):
     Args:
         processes: Number of workers; None: one for each CPU.
         initializer: Called in each worker as it starts, with initargs.
-        initargs: Its arguments.
+        initargs: Its arguments; what is large in them goes as that of a task does, to each worker.
         maxtasksperchild: Tasks after which a worker is replaced; None: never.
         context: From multiprocessing.get_context: how workers are started.
         heap: Where arguments and results are copied to; None: the pool makes one, and removes it
@@ -170,9 +170,9 @@ class Pool(multiprocessing.pool.Pool):
     def Process(ctx: Any, *, target: Any, args: Any) -> Any:  # noqa: N802
         """Make a worker that has a channel of its own. What it is to do comes from `args`."""
         dispatcher, _, initializer, initargs, max_tasks, wrap = args
-        channel, line = dispatcher.connect(max_tasks)
+        channel, line = dispatcher.connect(max_tasks, initargs)
         process: BaseProcess = ctx.Process(
-            target=_work, args=(target, line, initializer, initargs, max_tasks, wrap)
+            target=_work, args=(target, line, initializer, max_tasks, wrap)
         )
         process.start = partial(_start, process, dispatcher, channel)  # type: ignore[method-assign]
         return process
@@ -199,9 +199,15 @@ def _start(process: BaseProcess, dispatcher: Dispatcher, channel: Channel) -> No
     dispatcher.started(channel, process)
 
 
-def _work(loop: Callable[..., None], line: Line, *args: Any) -> None:
+def _work(
+    loop: Callable[..., None],
+    line: Line,
+    initializer: Callable[..., object] | None,
+    max_tasks: int | None,
+    wrap: bool,
+) -> None:
     """A worker: the standard library's loop, whose queues are the line."""
-    loop(line, line, *args)
+    loop(line, line, initializer, line.initargs.value, max_tasks, wrap)
     line.end()
 
 

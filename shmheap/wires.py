@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmheap.block import Block, Lease
 from shmheap.errors import HeapFull
-from shmheap.payload import LENGTH, Packer, Parcel, unpack
+from shmheap.payload import LENGTH, Carried, Packer, Parcel, unpack
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -102,10 +102,12 @@ class Line:
         calls: Connection,
         results: Connection,
         begun: Block | Lease,
+        initargs: Carried,
         packer: Packer,
         allocator: bool,
     ) -> None:
         self.begun = begun
+        self.initargs = initargs
         self.calls = calls
         self.results = results
         self.packer = packer
@@ -222,7 +224,7 @@ def write_some(fd: int, job: int, place: int, body: bytes) -> bytes | memoryview
 class Channel:
     """The pool's ends, and what the worker has been given."""
 
-    def __init__(self, left: int | None, begun: Block) -> None:
+    def __init__(self, left: int | None, begun: Block, initargs: Carried) -> None:
         calls = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
         results = os.pipe2(os.O_CLOEXEC)
         with suppress(OSError):  # this user has too many pipes already
@@ -236,6 +238,7 @@ class Channel:
         os.set_blocking(self.back, False)
         # Opened anew, for not to block is a matter of the open file, which the worker's end shares.
         self.unread = os.open(f"/proc/self/fd/{calls[0]}", os.O_RDONLY | os.O_NONBLOCK)
+        self.initargs = initargs
         self.lease = begun.lease()
         self.begun = memoryview(begun).cast("Q")
         """How many tasks the worker has begun with: it counts."""
@@ -348,11 +351,15 @@ class Channel:
             os.close(self.to)
             self.to = -1
 
+    def release(self) -> None:
+        """End what was for the worker's start, if it has not taken it. Idempotent."""
+        self.lease.release()
+        self.initargs.release()
+
     def close(self) -> None:
         """Close our ends. Idempotent."""
         self.hang_up()
         self.begun.release()
-        self.lease.release()
         for fd in (self.unread, self.back, self.end):
             if fd >= 0:
                 os.close(fd)

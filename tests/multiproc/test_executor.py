@@ -21,7 +21,7 @@ import numpy as np
 import pool_work as work
 import pytest
 
-from shmheap import Heap, HeapFull, ProcessPoolExecutor, StaleHandle
+from shmheap import Heap, HeapFull, ProcessPoolExecutor, StaleHandle, readonly
 
 METHODS = ("fork", "spawn", "forkserver")
 N = 50_000
@@ -52,9 +52,8 @@ def make(kind: str, heap: Heap) -> Iterator[Make]:
         return executor
 
     yield make
-    for executor in made:
-        executor.shutdown()
-    made.clear()
+    while made:
+        made.pop().shutdown()
     gc.collect()
     heap.gc()
     stats = heap.stats()
@@ -175,6 +174,18 @@ def test_large_buffers_stay_where_they_are(make: Make, heap: Heap, method: str) 
     data = b"abc" * N
     assert executor.submit(work.same, data).result(work.PATIENCE_S) == data
     del array, same, results
+
+
+@ours
+@pytest.mark.parametrize("method", METHODS)
+def test_also_those_that_the_initializer_gets(make: Make, heap: Heap, method: str) -> None:
+    array = heap.zeros(N)
+    args = (readonly(array),)
+    executor = make(1, method, initializer=work.remember, initargs=args)
+    for value in range(2):
+        array[1] = value
+        [(found,)] = executor.submit(work.what_was_remembered).result(work.PATIENCE_S)
+        assert (found[1], found.flags.writeable) == (value, False)
 
 
 @ours

@@ -38,10 +38,9 @@ def make(heap: Heap) -> Iterator[MakePool]:
         return pools[-1]
 
     yield make
-    for pool in pools:
-        pool.terminate()
-        pool.join()
-    pools.clear()
+    while pools:  # and no name for the last one: a pool keeps what its initializer gets
+        pools[-1].terminate()
+        pools.pop().join()
     gc.collect()
     heap.gc()
     stats = heap.stats()
@@ -69,6 +68,17 @@ def test_what_lies_in_the_heap_is_shared(make: MakePool, heap: Heap, method: str
     for result in pool.map(work.same, [array, array.T, array[::-1]]):
         assert np.shares_memory(result, array)
     del result, array
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_also_what_the_initializer_gets(make: MakePool, heap: Heap, method: str) -> None:
+    array = heap.zeros(N)
+    pool = make(2, work.remember, (readonly(array), "else"), method=method, maxtasksperchild=1)
+    for value in range(3):  # each time by a worker that has just been started
+        array[1] = value
+        [(found, rest)] = pool.apply(work.what_was_remembered)
+        assert (found[1], found.flags.writeable, rest) == (value, False, "else")
+    assert pool.stats().results.copied_bytes == 0
 
 
 def test_also_when_it_is_small(pool: Pool, heap: Heap) -> None:
@@ -205,8 +215,10 @@ def test_a_heap_of_its_own_ends_with_the_pool(end: str) -> None:
     elif end == "terminate":
         pool.terminate()
     if end == "collect":
+        thread = pool._result_handler  # type: ignore[attr-defined]
         del pool
         gc.collect()
+        thread.join(work.PATIENCE_S)  # it may have been the last that knew the pool
     else:
         with pytest.raises(ValueError, match="ended"):
             _ = pool.heap
