@@ -82,10 +82,16 @@ class Dispatcher:
     """
 
     def __init__(
-        self, heap: Heap | None, min_bytes: int, strict: bool, allocator: bool, processes: int
+        self,
+        heap: Heap | None,
+        min_bytes: int,
+        strict: bool,
+        allocator: bool,
+        processes: int,
+        new_packer: Callable[..., Packer],
     ) -> None:
         self._owns = heap is None
-        self._packer = Packer(
+        self._packer = new_packer(
             heap or temporary(), min_bytes, strict=strict, stream_bytes=STREAM_BYTES
         )
         self._allocator = allocator
@@ -297,7 +303,7 @@ class Dispatcher:
         channel = Channel(max_tasks, packer.heap.alloc(COUNT_BYTES), carried)
         with self._changed:
             self._channels.add(channel)
-        results = Packer(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
+        results = type(packer)(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
         return channel, Line(
             channel.calls, channel.results, channel.lease, carried, results, self._allocator
         )

@@ -46,14 +46,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIN_BYTES",
+    "PROTOCOL",
     "Carried",
     "Counts",
     "Packer",
+    "Packing",
     "Parcel",
+    "Pieces",
+    "block_under",
     "discard",
     "readonly",
     "rebuild_array",
     "rebuild_memoryview",
+    "reducers",
     "slice_under",
     "unpack",
 ]
@@ -139,13 +144,17 @@ class Packer:
         self.views = views
         self.stream_bytes = stream_bytes
 
+    def pickler(self, file: Pieces, packing: Packing) -> pickle.Pickler:
+        """Return what writes a value to a file, and asks the packing about what is large."""
+        return _Pickler(file, packing)
+
     def pack(self, value: object, *, strict: bool | None = None) -> Parcel:
         """Return a value as a parcel.
 
         Raises what pickling it raises, and HeapFull if strict; nothing is kept then.
         Cost: a pickling, and for each buffer a lease, or a block and a copy without the GIL.
         """
-        packing = _Packing(self, self.strict if strict is None else strict)
+        packing = Packing(self, self.strict if strict is None else strict)
         try:
             return packing.pack(value)
         except BaseException:
@@ -154,7 +163,7 @@ class Packer:
             raise
 
 
-class _Packing:
+class Packing:
     """One value that is being packed: what its pickler calls, and what it left behind.
 
     Not the pickler itself: that one has methods of this in its tables, and a circle would keep the
@@ -172,8 +181,9 @@ class _Packing:
         """Made here, and alive until the stream is written."""
 
     def pack(self, value: object) -> Parcel:
-        written = _Pieces()
-        _Pickler(written, self).dump(value)
+        """Return it as a parcel."""
+        written = Pieces()
+        self.packer.pickler(written, self).dump(value)
         if self.counts == NOTHING and not self.leases and len(written) == 1:
             stream = written[0]
             if len(stream) <= self.packer.stream_bytes:
@@ -228,26 +238,23 @@ class _Packing:
             return array.__reduce_ex__(PROTOCOL)
         if flags.forc and flags.writeable and dtype.kind in BUFFERS:
             return array.__reduce_ex__(PROTOCOL)
-        first, nbytes = arrays.extent(array)
-        block = ask_open_heaps(lambda heap: heap._block_at(first, nbytes))
-        if block is not None:
+        if (block := block_under(array)) is not None:
             return _view(array, block)
-        if array.nbytes < self.packer.min_bytes:
-            # As an older protocol has it: one that was read-only here is writable there, as it is
-            # in any other pool. It is a copy of its own.
-            return array.__reduce_ex__(2)
-        return self.copy(array)
+        large = array.nbytes >= self.packer.min_bytes
+        if large and (copy := self.copy(array)) is not None:
+            return self.array(copy)
+        # As an older protocol has it: one that was read-only here is writable there, as it is in
+        # any other pool. It is a copy of its own.
+        return array.__reduce_ex__(2)
 
-    def copy(self, array: NDArray[Any]) -> Any:
-        """Reduce an array to a copy in the heap."""
-        heap = self.packer.heap
+    def copy(self, array: NDArray[Any]) -> NDArray[Any] | None:
+        """Copy an array into the heap; None if it is full and that is no error."""
         copy = self.unless_full(array.nbytes, lambda heap: heap.array(array))
-        if copy is None:
-            return array.__reduce_ex__(2)
-        block = heap._block_at(*arrays.extent(copy))
-        assert block is not None
-        self.copies.append(block)
-        return _view(copy, block)
+        if copy is not None:
+            block = block_under(copy)
+            assert block is not None
+            self.copies.append(block)
+        return copy
 
     def view(self, view: memoryview) -> Any:
         """Reduce a memoryview, which pickle itself does not."""
@@ -263,6 +270,7 @@ class _Packing:
     # What they need
 
     def worth_a_handle(self, block: Block, nbytes: int) -> bool:
+        """Whether so many bytes of a block are sent as a handle, and not as a copy."""
         packer = self.packer
         return packer.views or nbytes >= min(packer.min_bytes, block.nbytes / 2)
 
@@ -278,12 +286,19 @@ class _Packing:
             return None
 
     def slice_of(self, block: Block, start: int, nbytes: int) -> tuple[Any, ...]:
+        """Return a handle of a part of a block, with a lease of its own."""
         lease = block.lease()
         self.leases.append(lease)
         return tuple(lease.handle), start, nbytes
 
 
-class _Pieces(list[Any]):
+def block_under(array: NDArray[Any]) -> Block | None:
+    """Return the block of an open heap in which an array lies."""
+    extent = arrays.extent(array)
+    return ask_open_heaps(lambda heap: heap._block_at(*extent))
+
+
+class Pieces(list[Any]):
     """A file for a pickler: it gets small things in one piece, and large ones as they are."""
 
     write = list.append
@@ -292,14 +307,19 @@ class _Pieces(list[Any]):
 class _Pickler(ForkingPickler):
     """multiprocessing's, with a third kind of callback."""
 
-    def __init__(self, file: _Pieces, packing: _Packing) -> None:
+    def __init__(self, file: Pieces, packing: Packing) -> None:
         pickle.Pickler.__init__(self, file, PROTOCOL, buffer_callback=packing.buffer)
-        table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
-        table[Block] = packing.block
-        table[memoryview] = packing.view
-        if (numpy := sys.modules.get("numpy")) is not None:
-            table[numpy.ndarray] = packing.array
-        self.dispatch_table = table
+        self.dispatch_table = reducers(packing)
+
+
+def reducers(packing: Packing) -> dict[type, Callable[[Any], Any]]:
+    """Return what a pickler is to do with which types: multiprocessing's way, or ours."""
+    table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
+    table[Block] = packing.block
+    table[memoryview] = packing.view
+    if (numpy := sys.modules.get("numpy")) is not None:
+        table[numpy.ndarray] = packing.array
+    return table
 
 
 def unpack(body: Buffer, start: int = 0) -> tuple[Any, Counts]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shmheap.config import parse_size
 from shmheap.dispatch import Dispatcher
 from shmheap.heap import Heap
-from shmheap.payload import MIN_BYTES
+from shmheap.payload import MIN_BYTES, Packer
 from shmheap.wires import Channel, Line
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Pool(multiprocessing.pool.Pool):
     _quick_put: Any
     _quick_get: Any
     _change_notifier: Any
+
+    _new_packer: Callable[..., Packer] = Packer
+    """For one that pickles otherwise."""
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class Pool(multiprocessing.pool.Pool):
     def _setup_queues(self) -> None:
         heap, min_bytes, strict, allocator, processes = self._terms
         self._inqueue = dispatcher = Dispatcher(
-            heap, parse_size(min_bytes), strict, allocator, processes
+            heap, parse_size(min_bytes), strict, allocator, processes, self._new_packer
         )
         del self._terms  # the dispatcher alone keeps the heap
         self._outqueue = SimpleNamespace(put=dispatcher.wake)
