@@ -13,7 +13,7 @@ General layout, from the ground up:
     heap                    Heap: its docstring follows one allocation all the way down
     verify                  the books against the witness
     testing                 fake time and ordered events, also for users' tests
-    plugins/                numpy: what is done for other packages
+    plugins/                numpy: what is done for other packages; joblib, over a pool
     payload, wires          how a value travels; the pipes between a pool and a worker
     dispatch, pool          who has which task; Pool
     executor                ProcessPoolExecutor

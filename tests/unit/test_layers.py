@@ -30,17 +30,23 @@ PYTHON_FLOORS = (
     ("arena", "block", "arrays", "sites"),
     ("values", "roots", "holders", "containers", "coordinator", "verify"),
     ("heap",),
-    ("cache", "payload", "plugins", "testing", "progress"),
+    ("cache", "payload", "plugins", "plugins/numpy", "plugins/_numpy", "testing", "progress"),
     ("forking", "wires"),
     ("dispatch",),
     ("pool", "executor"),
+    ("plugins/joblib",),
     (FACE,),
     ("cli", "__main__"),
 )
 ALONE = {"rss"}
 """The independent witness imports nothing that it may be called to judge."""
 
-OUTSIDE = {"rich": {"cli", "progress"}, "numpy": {"plugins"}, "matplotlib": {"plugins", "cli"}}
+OUTSIDE = {
+    "rich": {"cli", "progress"},
+    "numpy": {"plugins/numpy"},
+    "joblib": {"plugins/joblib"},
+    "matplotlib": {"cli"},
+}
 """Who may import these at its top; the others may inside a function, but for rich."""
 
 C_FLOORS = (
@@ -130,7 +136,13 @@ def python_files(package: Path) -> list[Path]:
 
 
 def room_of(package: Path, path: Path) -> str:
-    return path.relative_to(package).parts[0].split(".")[0]
+    return room_named(path.relative_to(package).with_suffix("").parts)
+
+
+def room_named(names: Sequence[str]) -> str:
+    """The room of a module: a file or a folder. Each plugin is one of its own."""
+    is_plugin = names[0] == "plugins" and len(names) > 1 and names[1] != FACE
+    return "/".join(names[:2]) if is_plugin else names[0]
 
 
 def imports(package: Path, path: Path) -> Iterator[Import]:
@@ -179,7 +191,7 @@ def python_arrows(package: Path) -> list[Arrow]:
             top, *rest = found.module.split(".")
             if top != PACKAGE:
                 continue
-            used = rest[0] if rest and (rest[0] in rooms or len(rest) > 1) else FACE
+            used = room_named(rest) if rest and (rest[0] in rooms or len(rest) > 1) else FACE
             if used != user:
                 arrows.append(Arrow(user, used, f"{path.relative_to(package)}:{found.line}"))
     return arrows
