@@ -97,9 +97,9 @@ class Roots(MutableMapping[str, Any]):
     def compare_and_set(self, name: str, old: object, new: object) -> bool:
         """Let a name stand for another value if it stands for the old one now, in one step.
 
-        Values are the same if they are of one type and equal; what lies in a block (blocks, shared
-        lists and dicts, arrays, long bytes) if it is the same memory. There is no old value that
-        means "none": that is setdefault.
+        Values are the same if they are of one type and equal (0.0 and -0.0 are two); what lies in a
+        block (blocks, shared lists and dicts, arrays, long bytes) if it is the same memory. There
+        is no old value that means "none": that is setdefault.
 
         Args:
             name: The root's.
@@ -109,10 +109,10 @@ class Roots(MutableMapping[str, Any]):
         Returns whether it does now; False also if there is no such name.
         """
         encoded = _encoded(name)
-        expected = values.encode(self, old)
+        expected = values.written(self, old)
         block = self._block_of(new)
         while (found := self.heap._root_get(encoded)) is not None:
-            if values.encode(self, self._value_of(found)) != expected:
+            if values.written(self, self._value_of(found)) != expected:
                 return False
             if self.heap._root_set(encoded, block, False, found):
                 return True

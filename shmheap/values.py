@@ -42,6 +42,7 @@ __all__ = [
     "encode",
     "open_node",
     "share_as",
+    "written",
 ]
 
 BIG_BYTES: Final = _core.MAX_VALUE_BYTES
@@ -123,10 +124,16 @@ def encode(home: Home, value: object) -> Encoded:
         TypeError: It has no form, and the codec does not take it.
         HeapFull: There is no room for what gets a block of its own.
     """
+    kind, data, blocks = written(home, value)
+    if len(data) > BIG_BYTES or len(blocks) > MAX_BLOCKS:
+        return _far(home, kind, data, blocks)
+    return kind, data, blocks
+
+
+def written(home: Home, value: object) -> Encoded:
+    """Return kind, bytes and blocks however many there are: the same for what is the same value."""
     writer = _Writer(home)
     kind, data = writer.value(value)
-    if len(data) > BIG_BYTES or len(writer.blocks) > MAX_BLOCKS:
-        return _far(home, kind, data, writer.blocks)
     return kind, data, tuple(writer.blocks)
 
 
@@ -336,7 +343,7 @@ def _write_scalar(writer: _Writer, value: Any) -> tuple[int, bytes]:
     return SCALAR, writer.item(text) + value.tobytes()
 
 
-def _far(home: Home, kind: int, data: bytes, blocks: list[Block]) -> Encoded:
+def _far(home: Home, kind: int, data: bytes, blocks: tuple[Block, ...]) -> Encoded:
     """Bytes in a block, and blocks in as many levels of boxes as are needed."""
     held = [*blocks, home.heap.put(data)]
     levels = 0

@@ -339,6 +339,21 @@ def test_compare_and_set_of_what_lies_in_blocks(hand: HeapByHand) -> None:
         assert not roots.compare_and_set("a", other, 2), "of another type"
 
 
+@pytest.mark.parametrize(
+    "value", ["a" * 20_000, (1,) * 9000, 1 << 200_000], ids=lambda value: type(value).__name__
+)
+def test_compare_and_set_took_a_long_value_for_another(heap: Heap, value: Any) -> None:
+    heap.roots["a"] = value
+    assert heap.roots.compare_and_set("a", value, (value, value))
+    assert heap.roots.compare_and_set("a", heap.roots["a"], 1)
+
+
+def test_compare_and_set_took_many_blocks_for_others(heap: Heap) -> None:
+    many = tuple(heap.alloc(1) for _ in range(600))
+    heap.roots["a"] = many
+    assert heap.roots.compare_and_set("a", many, 1)
+
+
 def test_compare_and_set_when_another_sets_it_meanwhile(
     heap: Heap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
