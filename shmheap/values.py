@@ -465,7 +465,7 @@ Read = Callable[[_Reader, bytes], Any]
 def _read_view(reader: _Reader, data: bytes) -> memoryview:
     (format, shape, readonly), block = reader.formed(data)
     view = memoryview(block or bytearray())
-    view = view.cast(format, shape) if len(shape) > 1 and block else view.cast(format)
+    view = view.cast(format, shape) if len(shape) != 1 and block else view.cast(format)
     return view.toreadonly() if readonly else view
 
 

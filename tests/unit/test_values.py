@@ -171,6 +171,7 @@ def test_long_bytes_come_back_as_a_view(heap: Heap) -> None:
         memoryview(np.arange(12.0).reshape(3, 4)),
         memoryview(np.arange(12, dtype="i2"))[::-2],
         memoryview(b""),
+        memoryview(b"abcd").cast("i", ()),
     ],
     ids=lambda value: repr(bytes(value)[:5]),
 )
