@@ -251,6 +251,10 @@ class SharedDict(_Shared, DictBase, MutableMapping[K, V], Generic[K, V]):
         """Return a view of the pairs of keys and values."""
         return _Items(self)
 
+    def update(self, other: Any = (), /, **more: V) -> None:
+        """Set all keys of a mapping or of pairs, then those given by name, each in one step."""
+        super().update(other.items() if isinstance(other, Mapping) else other, **more)
+
     def copy(self) -> dict[K, V]:
         """Return a plain dict of the same values; what is nested in it is shared as before."""
         return dict(self._entries())
@@ -261,10 +265,10 @@ class SharedDict(_Shared, DictBase, MutableMapping[K, V], Generic[K, V]):
         return self._is(other) or self.copy() == dict(other.items())
 
     def __or__(self, other: object) -> dict[K, V]:
-        return self.copy() | dict(other) if isinstance(other, Mapping) else NotImplemented
+        return self.copy() | dict(other.items()) if isinstance(other, Mapping) else NotImplemented
 
     def __ror__(self, other: object) -> dict[K, V]:
-        return dict(other) | self.copy() if isinstance(other, Mapping) else NotImplemented
+        return dict(other.items()) | self.copy() if isinstance(other, Mapping) else NotImplemented
 
     def __ior__(  # type: ignore[misc]  # as dict's
         self, other: Mapping[K, V] | Iterable[tuple[K, V]]

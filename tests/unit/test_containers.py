@@ -378,6 +378,24 @@ def test_a_dict_that_changes_its_size_ends_iteration(heap: Heap, view: str, chan
         next(iterator)
 
 
+def test_a_key_that_went_while_another_dict_took_it_was_a_key_error(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = SharedDict._next
+
+    def look_and_lose(self: Any, *place: Any) -> Any:
+        entry = look(self, *place)
+        if entry is not None:
+            del self[entry[1]]
+        return entry
+
+    monkeypatch.setattr(SharedDict, "_next", look_and_lose)
+    for use in (SharedDict.update, SharedDict.__or__, SharedDict.__ior__):
+        shared = heap.dict(value={"a": 1, "b": 2})
+        with pytest.raises(RuntimeError, match="changed size"):
+            use(heap.dict(), shared)
+
+
 def test_a_dict_whose_values_change_can_be_iterated(heap: Heap) -> None:
     shared = heap.dict(value=dict.fromkeys(range(100), 0))
     for key, value in shared.items():
