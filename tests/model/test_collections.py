@@ -31,6 +31,7 @@ EXAMPLES = max(1, int(60 * float(os.environ.get("SH_TEST_SCALE", "1"))))
 ODD_KEYS = [
     None, True, False, 0, 1, 2, 1.0, 1.5, -1, 2**70, float(2**70), 1j, 1 + 0j, "", "a", "b", "é",
     b"", b"a", "long" * 100, math.inf, -(2**63), 2**63, hash("a"), -0.0, 2**53, float(2**53),
+    complex(-0.0, 1),
 ]  # fmt: skip
 KEYS = st.sampled_from(ODD_KEYS) | st.integers(0, 200)
 LEAVES = KEYS | st.text(max_size=5) | st.floats(allow_nan=False)

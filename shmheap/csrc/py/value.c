@@ -400,8 +400,11 @@ static bool complex_key(PyObject *o, struct key *key)
     double parts[2] = {PyComplex_RealAsDouble(o), PyComplex_ImagAsDouble(o)};
     if (parts[1] == 0)
         return float_key(parts[0], key, AS_COMPLEX);
+    uint32_t form = parts[0] == 0 && signbit(parts[0]) ? AS_MINUS_ZERO : AS_IT_IS;
+    if (parts[0] == 0)
+        parts[0] = 0; /* -0.0 equals it */
     memcpy(key->bytes, parts, sizeof parts);
-    return key_is(key, SH_V_COMPLEX, AS_IT_IS, key->bytes, sizeof parts);
+    return key_is(key, SH_V_COMPLEX, form, key->bytes, sizeof parts);
 }
 
 static bool index_key(PyObject *o, struct key *key)
@@ -486,7 +489,7 @@ PyObject *key_decode(const struct sh_found *f)
         return as_form(big_int(f->key, f->key_bytes), f->key_form);
     if (f->key_kind == SH_V_COMPLEX && f->key_bytes == sizeof parts) {
         memcpy(parts, f->key, sizeof parts);
-        return PyComplex_FromDoubles(parts[0], parts[1]);
+        return PyComplex_FromDoubles(f->key_form == AS_MINUS_ZERO ? -0.0 : parts[0], parts[1]);
     }
     return as_form(scalar_of(f->key_kind, f->key, f->key_bytes, 0), f->key_form);
 }
