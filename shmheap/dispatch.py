@@ -193,11 +193,10 @@ class Dispatcher:
     # The thread of results
 
     def get(self) -> Result | None:
-        """Return the next result; None when woken, or when closed by the thread that asks: its last
-        result may have been all that knew the pool."""
+        """Return the next result; None when woken. Raises EOFError once this is closed."""
         while not self._results:
-            if self._poll.closed:
-                return None
+            if self._wake < 0:
+                raise EOFError  # by this thread, which was the last to know the pool
             for fd, _ in self._poll.poll():
                 if (handle := self._handlers.get(fd)) is not None:
                     handle()

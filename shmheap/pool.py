@@ -12,6 +12,7 @@ import atexit
 import multiprocessing.pool
 import os
 import weakref
+from collections.abc import Sized
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -118,8 +119,7 @@ class Pool(multiprocessing.pool.Pool):
             chunksize: Items in one task; None: a quarter of a worker's share.
             progress: Show a bar meanwhile, on stderr.
         """
-        result: list[T] = self._watched(self.map_async(func, iterable, chunksize), progress)
-        return result
+        return self._watched(self.map_async, func, iterable, chunksize, progress)
 
     def starmap(
         self,
@@ -137,15 +137,24 @@ class Pool(multiprocessing.pool.Pool):
             chunksize: Tuples in one task; None: a quarter of a worker's share.
             progress: Show a bar meanwhile, on stderr.
         """
-        result: list[T] = self._watched(self.starmap_async(func, iterable, chunksize), progress)
-        return result
+        return self._watched(self.starmap_async, func, iterable, chunksize, progress)
 
-    def _watched(self, result: Any, progress: bool) -> Any:
+    def _watched(
+        self,
+        start: Callable[..., Any],
+        func: Callable[..., T],
+        iterable: Iterable[Any],
+        chunksize: int | None,
+        progress: bool,
+    ) -> list[T]:
+        items = iterable if isinstance(iterable, Sized) else list(iterable)
+        result = start(func, items, chunksize)
         if progress:
             from shmheap.progress import watch
 
-            watch(result)
-        return result.get()
+            watch(result, len(items))
+        found: list[T] = result.get()
+        return found
 
     def join(self) -> None:
         """Wait for the workers' end, after close() or terminate()."""

@@ -12,14 +12,14 @@ __all__ = ["watch"]
 LOOK_S = 0.1
 
 
-def watch(result: Any) -> None:
+def watch(result: Any, total: int) -> None:
     """Show how many of a map's items are done, until all are.
 
     Args:
         result: A MapResult of multiprocessing.pool; its counts are not public, and have been what
             they are since 2008.
+        total: How many items there are.
     """
-    total = len(result._value)
     columns = TextColumn("{task.percentage:>3.0f}%"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=total)

@@ -216,9 +216,9 @@ def test_a_heap_of_its_own_ends_with_the_pool(end: str) -> None:
         pool.terminate()
     if end == "collect":
         thread = pool._result_handler  # type: ignore[attr-defined]
-        del pool
+        del pool  # which is collected by whoever lets go of it last: that thread, perhaps
         gc.collect()
-        thread.join(work.PATIENCE_S)  # it may have been the last that knew the pool
+        thread.join(work.PATIENCE_S)
     else:
         with pytest.raises(ValueError, match="ended"):
             _ = pool.heap
