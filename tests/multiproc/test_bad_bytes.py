@@ -23,8 +23,8 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 COMMAND = [sys.executable, "-P", "-m", "shmheap"]
 
 PAGE_RECORD_BYTES = 32
-PAGE_RECORDS = -(-_core.HEADER_BYTES // 4096) * 4096 + (1024 + 65536) * 256
-"""Where the tables of pages begin: behind header, slots and names."""
+PAGE_RECORDS = -(-_core.HEADER_BYTES // 4096) * 4096 + (1024 + 65536) * 256 + 65536 * 128
+"""Where the tables of pages begin: behind header, slots, names and sites."""
 
 IDENTITY_BYTES = 80
 VALUES = (0, 1, 0x7F, 0x80, 0xFF)
