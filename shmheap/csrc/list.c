@@ -340,25 +340,29 @@ static enum sh_status copy_item(struct sh_ctx *c, const struct sh_use *u, uint64
     return SH_OK;
 }
 
-/* Locked, but for moments between slices. */
+/* What has been copied is of one moment still: nothing was changed since. */
+static bool is_whole(const struct sh_use *u, const struct sh_copy *copy)
+{
+    return u->cell == copy->cell && sh_coll_current(u) &&
+           atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ) == copy->stamp;
+}
+
+/* Goes on copying. Locked, but for moments between slices. */
 static enum sh_status copy_part(struct sh_ctx *c, const struct sh_use *u, uint64_t start,
                                 uint64_t stop, struct sh_copy *copy)
 {
     enum sh_status status = SH_OK;
-    uint64_t cell = u->cell, stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ);
-    for (uint64_t i = start; i < stop && status == SH_OK; i++) {
-        if (i > start && (i - start) % SLICE == 0)
+    while (status == SH_OK && start + copy->n < stop) {
+        status = is_whole(u, copy) ? copy_item(c, u, start + copy->n, copy) : SH_AGAIN;
+        if (status == SH_OK && copy->n % SLICE == 0 && start + copy->n < stop)
             sh_coll_breathe(c);
-        /* or another thread has seen the next body */
-        status = u->cell == cell ? copy_item(c, u, i, copy) : SH_AGAIN;
     }
-    bool same = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ) == stamp && sh_coll_current(u);
-    return status == SH_OK && !same ? SH_AGAIN : status;
+    return status == SH_OK && !is_whole(u, copy) ? SH_AGAIN : status;
 }
 
-/* Lets go of what a copy in vain has, but not of its pins' spans: the next one needs as many pins,
- * or more. Locked, but for moments between slices. */
-static void forget(struct sh_ctx *c, struct sh_copy *copy)
+/* Begins anew. What the copy has is let go, but not the spans of its pins: as many are needed
+ * again. Locked, but for moments between slices. */
+static void begin_copy(struct sh_ctx *c, const struct sh_use *u, struct sh_copy *copy)
 {
     struct sh_found f;
     c->keep_pins = true;
@@ -370,6 +374,8 @@ static void forget(struct sh_ctx *c, struct sh_copy *copy)
     }
     c->keep_pins = false;
     copy->n = copy->used = copy->at = 0;
+    copy->cell = u->cell;
+    copy->stamp = atomic_load_explicit(&sh_coll_of(u)->stamp, ACQ);
 }
 
 static uint64_t bound(int64_t i, uint64_t len)
@@ -386,7 +392,8 @@ static enum sh_status try_copy(struct sh_ctx *c, struct sh_use *u, struct sh_cop
         lock ? sh_coll_lock(c, u, repair, wait_ms) : sh_coll_enter(c, u, wait_ms);
     if (status != SH_OK)
         return status;
-    forget(c, copy); /* after there are more pins, else there would be enough of them again */
+    if (!is_whole(u, copy))
+        begin_copy(c, u, copy);
     uint64_t len = len_of(u), start = bound(copy->start, len), stop = bound(copy->stop, len);
     if (wait_ms == 0 && stop > start + SLICE)
         status = SH_BUSY; /* it may take long */

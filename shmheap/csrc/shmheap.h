@@ -244,6 +244,7 @@ struct sh_copy {
     uint64_t n;
     uint8_t *bytes; /* malloc'ed */
     uint64_t room, used, at;
+    uint64_t cell, stamp; /* of the list that it is of */
 };
 enum sh_status sh_list_get(struct sh_ctx *, struct sh_use *, int64_t i, int wait_ms,
                            struct sh_found *);
