@@ -136,8 +136,9 @@ def test_memory_of_arguments_ends_with_the_task(pool: Pool, heap: Heap) -> None:
     for _ in range(4):
         with pytest.raises(ValueError, match="truth value"):
             pool.apply(work.fail_at_three, (np.ones(N),))
-    stats = heap.stats()
-    assert (stats.heap_alloc, stats.leases) == (2 * 8, 0)
+    while heap.stats().leases:  # of a worker that was not needed and is still starting
+        os.sched_yield()
+    assert heap.stats().heap_alloc == 2 * 8
 
 
 # Results
