@@ -41,6 +41,7 @@ from shmheap.wires import (
     Result,
     Task,
     head_of,
+    no_fork,
 )
 
 if TYPE_CHECKING:
@@ -299,8 +300,9 @@ class Dispatcher:
         """Make both ends for a worker that is about to be started."""
         packer = self._packer
         carried = Carried(initargs, packer)
-        channel = Channel(max_tasks, packer.heap.alloc(COUNT_BYTES), carried)
-        with self._changed:
+        begun = packer.heap.alloc(COUNT_BYTES)
+        with self._changed, no_fork:
+            channel = Channel(max_tasks, begun, carried)
             self._channels.add(channel)
         results = type(packer)(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
         return channel, Line(

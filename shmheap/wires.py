@@ -21,6 +21,7 @@ import os
 import select
 import struct
 import sys
+import threading
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing.connection import Connection
@@ -50,7 +51,16 @@ __all__ = [
     "Result",
     "Task",
     "head_of",
+    "no_fork",
 ]
+
+no_fork = threading.RLock()
+"""Held where a pipe is made or closed, and by who forks: a child finds each end either open and
+listed or closed, and so can close what is not its own. An end that it kept would be a worker's that
+never hears of the end of its calls."""
+os.register_at_fork(
+    before=no_fork.acquire, after_in_child=no_fork.release, after_in_parent=no_fork.release
+)
 
 HEAD = struct.Struct("<QqQ")
 READY = -1
@@ -347,9 +357,10 @@ class Channel:
 
     def hang_up(self) -> None:
         """Tell the worker that there will be no more. Idempotent."""
-        if self.to >= 0:
-            os.close(self.to)
-            self.to = -1
+        with no_fork:
+            if self.to >= 0:
+                os.close(self.to)
+                self.to = -1
 
     def release(self) -> None:
         """End what was for the worker's start, if it has not taken it. Idempotent."""
@@ -360,7 +371,8 @@ class Channel:
         """Close our ends. Idempotent."""
         self.hang_up()
         self.begun.release()
-        for fd in (self.unread, self.back, self.end):
-            if fd >= 0:
-                os.close(fd)
-        self.unread = self.back = self.end = -1
+        with no_fork:
+            for fd in (self.unread, self.back, self.end):
+                if fd >= 0:
+                    os.close(fd)
+            self.unread = self.back = self.end = -1
