@@ -9,9 +9,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from bench_common import (
 )
 from bench_memory import look
 from pool_peers import (
+    BESIDE,
     COPIED,
     COPIED_BOTH_WAYS,
     OURS,
@@ -93,7 +95,10 @@ class Pool:
         """Measure everything; some minutes and 10 GiB, `quick` some seconds."""
         left_out = missing(peers)
         found = {name: PEERS[name][0] for name in PEERS if name in peers and name not in left_out}
-        found = OURS | found
+        ours = {
+            name: start for name, start in OURS.items() if BESIDE.get(name, name) in OURS | found
+        }
+        found = ours | found
         sizes = [min(size, 2 * MIB) for size in SIZES[:3]] if quick else SIZES
         transfers = measure_transfers(found, sizes, rounds=3 if quick else 21)
         small = measure_small(rounds=3 if quick else 41)
@@ -142,8 +147,9 @@ def _rows(
     yield Row(what.format("copied both ways"), large["memcpys"][COPIED_BOTH_WAYS], 2.0, 1.1)
     yield Row(what.format("copied there, made in the heap"), large["memcpys"][COPIED])
     for one in small:
-        what = f"{_kind(one)} / multiprocessing.Pool"
-        yield Row(what, one["ratios"]["wall"], *SMALL_LIMITS[one["chunks"]])
+        what = f"{_kind(one)} / {next(iter(one['us']['wall']))}"
+        limits = SMALL_LIMITS[one["chunks"]] if one["how"] in METHODS else ()
+        yield Row(what, one["ratios"]["wall"], *limits)
         yield Row(f"{what}, by CPU time", one["ratios"]["CPU of all"])
     what = f"shared memory of all while {SHARERS} use one array / its size"
     yield Row(what, shared[SHARED]["pss_shmem"], 1.02, 1.0)
@@ -221,17 +227,50 @@ def _pools(method: str) -> dict[str, Any]:
     }
 
 
+class _ExecutorAsPool:
+    """What is asked of a pool here, of an executor."""
+
+    def __init__(self, executor: ProcessPoolExecutor) -> None:
+        self._executor = executor
+
+    def __enter__(self) -> _ExecutorAsPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+
+    @property
+    def _pool(self) -> list[BaseProcess]:
+        return list(self._executor._processes.values())
+
+    def map(self, function: Callable[[Any], Any], tasks: Sequence[Any], size: int) -> list[Any]:
+        return list(self._executor.map(function, tasks, chunksize=size))
+
+
+def _executors(method: str) -> dict[str, Any]:
+    context = multiprocessing.get_context(method)
+    return {
+        "concurrent.futures": _ExecutorAsPool(ProcessPoolExecutor(WORKERS, context)),
+        "shmheap": _ExecutorAsPool(shmheap.ProcessPoolExecutor(WORKERS, context)),
+    }
+
+
 def measure_small(rounds: int) -> list[Result]:
-    """`map` over many small tasks, all pools in turns."""
-    found = []
-    for method in METHODS:
-        with ExitStack() as stack:
-            pools = {name: stack.enter_context(pool) for name, pool in _pools(method).items()}
-            jobs = [(kind, chunks) for kind in TASKS for chunks in CHUNKS]
-            for kind, chunks in progress(jobs, f"small tasks, {method}"):
-                small = _small(pools, kind, chunks, rounds)
-                found.append({"method": method, "tasks": kind, "chunks": chunks, **small})
-    return found
+    """`map` over many small tasks, all pools in turns; executors likewise, one by one."""
+    every = [(kind, chunks) for kind in TASKS for chunks in CHUNKS]
+    found = [one for method in METHODS for one in _smalls(_pools(method), method, every, rounds)]
+    return found + _smalls(_executors("fork"), "executor", [("ints", "chunksize 1")], rounds)
+
+
+def _smalls(
+    started: dict[str, Any], how: str, jobs: Sequence[tuple[str, str]], rounds: int
+) -> list[Result]:
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(pool) for name, pool in started.items()}
+        return [
+            {"how": how, "tasks": kind, "chunks": chunks, **_small(pools, kind, chunks, rounds)}
+            for kind, chunks in progress(jobs, f"small tasks, {how}")
+        ]
 
 
 def _small(pools: dict[str, Any], kind: str, chunks: str, rounds: int) -> Result:
@@ -357,7 +396,7 @@ def _transfer_table(transfers: list[Result]) -> Table:
 
 
 def _small_table(small: list[Result]) -> Table:
-    table = Table("us per small task", title=f"multiprocessing.Pool | shmheap, {WORKERS} workers")
+    table = Table("us per small task", title=f"the standard library | shmheap, {WORKERS} workers")
     for clock in CLOCKS:
         table.add_column(clock, justify="right")
     for one in small:
@@ -367,7 +406,7 @@ def _small_table(small: list[Result]) -> Table:
 
 
 def _kind(one: Result) -> str:
-    return f"{one['tasks']}, {one['chunks']}, {one['method']}"
+    return f"{one['tasks']}, {one['chunks']}, {one['how']}"
 
 
 def _shared_table(shared: dict[str, Result]) -> Table:

@@ -184,16 +184,22 @@ def _answer_in_new(there: str, nbytes: int) -> str:
 @contextmanager
 def joblib_loky(workers: int) -> Iterator[Workers]:
     """Send by joblib's own backend, which keeps arrays above 1 MB in a file that workers map."""
+    with _joblib(workers, "loky") as found:
+        yield found
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
+
+@contextmanager
+def _joblib(workers: int, backend: str) -> Iterator[Workers]:
     from joblib import Parallel, delayed
 
-    with Parallel(workers, backend="loky") as parallel:
+    with Parallel(workers, backend=backend) as parallel:
         yield Workers(
             lambda array: lambda: parallel([delayed(answer)(array)])[0],
             lambda function, array: parallel([delayed(function)(array)] * workers),
         )
-    from joblib.externals.loky import get_reusable_executor
-
-    get_reusable_executor().shutdown(wait=True)
 
 
 @contextmanager
@@ -292,6 +298,29 @@ def _answer_of_its_own(array: Array) -> Array:
     return found
 
 
+@contextmanager
+def heap_arrays_by_executor(workers: int) -> Iterator[Workers]:
+    """Send what lies in the heap of a shmheap.ProcessPoolExecutor."""
+    context = multiprocessing.get_context("fork")
+    with shmheap.ProcessPoolExecutor(workers, context) as pool:
+
+        def sender(array: Array) -> Send:
+            mine = pool.heap.array(array)
+            return lambda: pool.submit(answer, mine).result()
+
+        yield Workers(sender)
+
+
+@contextmanager
+def joblib_shmheap(workers: int) -> Iterator[Workers]:
+    """Send an array of NumPy's own by joblib, which has it copied once."""
+    import shmheap.plugins.joblib
+
+    shmheap.plugins.joblib.register()
+    with _joblib(workers, "shmheap") as found:
+        yield Workers(found.sender)
+
+
 SHARED, COPIED, COPIED_BOTH_WAYS = (
     f"shmheap, {what}" for what in ("heap arrays", "plain arrays", "plain both ways")
 )
@@ -299,7 +328,11 @@ OURS: dict[str, Candidate] = {
     SHARED: heap_arrays,
     COPIED: plain_arrays,
     COPIED_BOTH_WAYS: plain_both_ways,
+    "shmheap, executor": heap_arrays_by_executor,
+    "shmheap, joblib": joblib_shmheap,
 }
+BESIDE = {"shmheap, joblib": "loky"}
+"""Takes part where this peer does."""
 
 PEERS: dict[str, tuple[Candidate, str | None]] = {
     "Pool": (multiprocessing_pool, None),
