@@ -189,7 +189,7 @@ class Steward(Protocol):
         """Return whether the heap is closed for ever."""
 
     def set_next_gc(self, nbytes: int, /) -> None:
-        """Say at which heap_alloc the first collection is due."""
+        """Say at which heap_alloc a collection is due, and have whoever takes pages ask then."""
 
     def set_limit(self, limit_bytes: int, look_bytes: int, /) -> None:
         """Say how much the heap may hold, and with how much to ring again (WANT_LIMIT)."""

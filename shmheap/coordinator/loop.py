@@ -48,6 +48,7 @@ from shmheap.coordinator import (
     ASK_SCAVENGE_AGED,
     ASK_SCAVENGE_ALL,
     ASKS,
+    WANT_GC,
     WANT_LEAVE,
     WANT_MEMORY,
     WANT_REAP,
@@ -179,6 +180,8 @@ class Coordinator:
         plan = pacing.plan(self._seen(wants, tickets, stats, reaped), self._config)
         plan = pacing.with_unfinished(plan, self._unfinished)
         gc, scavenged = self._collect_and_scavenge(plan, stats.committed_bytes)
+        if wants & WANT_GC and plan.collect is None:  # from which on to ask was a guess
+            self._steward.set_next_gc(stats.next_gc)
         # While stalled nobody can say that there is no memory.
         short = plan.short and not self._stalled
         self._look_again = short and self._serve_waiters(reaped, gc, scavenged)

@@ -647,12 +647,24 @@ enum sh_status sh_sweep(struct sh_ctx *c, uint64_t *blocks, uint64_t *bytes)
     return status;
 }
 
-/* The cycle is on the books, and everybody goes to IDLE. next_gc in bytes of heap_alloc. */
-enum sh_status sh_end_cycle(struct sh_ctx *c, uint64_t next_gc, bool forced, uint64_t pause_ns)
+/* next_gc in bytes of heap_alloc. Whoever takes pages asks from so many pages in use on as there
+ * are now and as room is left: what is in use beside blocks counts in the one and not in the other,
+ * and it grows. A heap that stays just below next_gc would ask each time, and nothing would be due.
+ */
+void sh_set_next_gc(struct sh_ctx *c, uint64_t next_gc)
 {
     struct sh_header *h = c->hdr;
     struct sh_sums sum = sh_sum(c);
     uint64_t alloc = sh_heap_alloc(&sum), room = next_gc > alloc ? next_gc - alloc : 0;
+    atomic_store(&h->next_gc, next_gc);
+    atomic_store(&h->gc_trigger_pages,
+                 atomic_load(&h->inuse_pages) + (room >> c->geo.page_shift) + 1);
+}
+
+/* The cycle is on the books, and everybody goes to IDLE. */
+enum sh_status sh_end_cycle(struct sh_ctx *c, uint64_t next_gc, bool forced, uint64_t pause_ns)
+{
+    struct sh_header *h = c->hdr;
     enum sh_status status = set_phase(c, SH_IDLE, epoch_of(atomic_load(&h->phase)));
     if (status != SH_OK)
         return status;
@@ -662,8 +674,6 @@ enum sh_status sh_end_cycle(struct sh_ctx *c, uint64_t next_gc, bool forced, uin
     sh_add(&h->pause_total_ns, pause_ns);
     sh_add(&h->num_forced_gc, forced);
     atomic_store(&h->last_gc, sh_os_now_ns());
-    atomic_store(&h->next_gc, next_gc);
-    atomic_store(&h->gc_trigger_pages,
-                 atomic_load(&h->inuse_pages) + (room >> c->geo.page_shift) + 1);
+    sh_set_next_gc(c, next_gc);
     return SH_OK;
 }

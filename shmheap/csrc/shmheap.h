@@ -321,6 +321,7 @@ enum sh_status sh_start_cycle(struct sh_ctx *);
 enum sh_status sh_mark(struct sh_ctx *, uint64_t *blocks);
 enum sh_status sh_finish_mark(struct sh_ctx *, uint64_t *blocks);
 enum sh_status sh_sweep(struct sh_ctx *, uint64_t *blocks, uint64_t *bytes);
+void sh_set_next_gc(struct sh_ctx *, uint64_t next_gc);
 enum sh_status sh_end_cycle(struct sh_ctx *, uint64_t next_gc, bool forced, uint64_t pause_ns);
 
 /* check.c: walks every invariant. Each violation is reported by name. */

@@ -165,6 +165,7 @@ class FakeSteward:
         return self.closed
 
     def set_next_gc(self, nbytes: int) -> None:
+        self.calls.append("set_next_gc")
         self.next_gc = nbytes
 
     def set_limit(self, limit_bytes: int, look_bytes: int, /) -> None:

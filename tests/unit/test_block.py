@@ -376,6 +376,22 @@ def test_nobody_is_saved_by_address_from_a_sweep(hand: HeapByHand) -> None:
     hand.steward.end_cycle(1 << 40, True, 0)
 
 
+def test_pages_beside_blocks_ask_for_a_collection_once(hand: HeapByHand) -> None:
+    hand.steward.set_next_gc(1 << 20)
+    small = [hand.heap.alloc(64 << i) for i in range(7)]  # each has a page, and hardly uses it
+    size = (1 << 20) - hand.heap.stats().heap_alloc - PAGE
+    asked = []
+    for _ in range(3):
+        block = hand.heap.alloc(size)
+        asked.append(bool(hand.steward.take_wants() & _core.WANT_GC))
+        hand.steward.set_next_gc(1 << 20)  # as the coordinator does, for none is due
+        block.free()
+    assert asked == [True, False, False]
+    kept = [hand.heap.alloc(size) for _ in range(2)]
+    assert hand.steward.take_wants() & _core.WANT_GC
+    del small, kept
+
+
 # Free
 
 

@@ -18,6 +18,7 @@ from shmheap.coordinator import (
     LIVE,
     MARK,
     SWEEP,
+    WANT_GC,
     WANT_LEAVE,
     WANT_REAP,
 )
@@ -182,6 +183,22 @@ def test_growth_starts_a_collection() -> None:
     world.turn()
     assert steps(world).count("start_cycle") == 1
     assert world.heap.blocks == set()
+
+
+def test_who_asked_for_one_too_early_is_told_from_when_on() -> None:
+    """A heap that stayed just below next_gc woke the coordinator at each large allocation."""
+    world = World()
+    process = world.heap.attach()
+    world.heap.alloc(process, 3)
+    world.heap.wants |= WANT_GC
+    world.turn()
+    world.turn()
+    assert world.heap.calls.count("set_next_gc") == 1
+    world.heap.alloc(process, 1)
+    world.heap.wants |= WANT_GC
+    world.turn()
+    assert steps(world).count("start_cycle") == 1
+    assert world.heap.calls.count("set_next_gc") == 1
 
 
 # Asking

@@ -350,8 +350,7 @@ static PyObject *steward_set_next_gc(Heap *self, PyObject *args)
     unsigned long long bytes;
     if (c == NULL || !PyArg_ParseTuple(args, "K:set_next_gc", &bytes))
         return NULL;
-    atomic_store(&c->hdr->next_gc, bytes);
-    atomic_store(&c->hdr->gc_trigger_pages, (bytes >> c->geo.page_shift) + 1);
+    sh_set_next_gc(c, bytes);
     Py_RETURN_NONE;
 }
 
