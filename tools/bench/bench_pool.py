@@ -69,7 +69,7 @@ TASKS: dict[str, tuple[Callable[[Any], Any], Callable[[int], Any]]] = {
 }
 """Small tasks: what a worker does, and what it is done to."""
 
-CHUNKS = {"chunked": (None, 4000), "chunksize 1": (1, 400)}
+CHUNKS = {"chunked": (None, 4000), "chunksize 1": (1, 2000)}
 """How they are handed out, and how many at a time."""
 
 CLOCKS = ("wall", "caller's CPU", "CPU of all")
