@@ -38,6 +38,7 @@ __all__ = [
     "extent",
     "form",
     "is_scalar",
+    "name_of",
     "scalar",
     "text_of",
 ]
@@ -246,6 +247,15 @@ def text_of(dtype: np.dtype[Any]) -> str:
     if again != dtype or again.type is not dtype.type:
         raise Unfit(f"its dtype is {dtype}")
     return text
+
+
+@functools.lru_cache(maxsize=256)
+def name_of(dtype: np.dtype[Any]) -> str | np.dtype[Any]:
+    """Return the text of a dtype, or what it is if there is none: shorter to pickle."""
+    try:
+        return text_of(dtype)
+    except Unfit:
+        return dtype
 
 
 @functools.lru_cache(maxsize=256)

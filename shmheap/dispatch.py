@@ -5,8 +5,8 @@
     result thread                  |                        |
     get: wait for any of them <---------- result ---------- put: pack
 
-Small tasks are queued ahead in a worker's pipe, so that it need not wait for this process. No task
-waits while a worker is idle: one that comes free is given what another one has not read yet. Tasks
+Small tasks are queued ahead in a worker's pipe, so that it need not wait for this process. None
+waits there while another worker is idle: that one is given what the first has not read yet. Tasks
 that hold much memory wait here, packed one at a time, for an idle worker.
 
 Each worker counts in the heap the tasks that it has begun with. When one dies, that tells what goes
@@ -16,16 +16,18 @@ to other workers, and which task is lost, and fails.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from shmheap.errors import HeapFull
 from shmheap.heap import Heap, temporary
@@ -54,6 +56,9 @@ __all__ = ["Dispatcher"]
 FEW_TASKS = 32
 """Where all pipes are full (64 packets each), the thread of tasks sleeps until they have so many on
 average: the two threads take turns once for several tasks."""
+UNFAIR_S = 0.001
+"""So long a worker may be idle while tasks wait for another one. Where tasks are shorter, looking
+for them costs more than waiting for the next."""
 LARGE_BYTES = 1 << 20
 """A copy of so many bytes is worth a hint."""
 
@@ -68,11 +73,8 @@ HINTS = (
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 
-class Arrival(NamedTuple):
-    """A result that is not unpacked yet, and whose it is."""
-
-    channel: Channel
-    frame: Frame
+Arrival = tuple[Channel, Frame]
+"""A result that is not unpacked yet, and whose it is."""
 
 
 class Dispatcher:
@@ -80,6 +82,10 @@ class Dispatcher:
 
     `put` is for the pool's thread of tasks, `get` for its thread of results; `connect`, `started`
     and `not_started` are for whoever starts workers.
+
+    Two locks, so that the threads rarely meet: `_pipes` is held around what is done to the pipes
+    of calls, mostly by the thread of tasks; `_state`, inside it, is held for a moment only, and
+    never around a system call.
     """
 
     def __init__(
@@ -99,8 +105,11 @@ class Dispatcher:
         self._processes = processes
         self.on_death: Callable[[], object] = bool
         """Called after a death; the pool says what it needs."""
-        self._changed = threading.Condition(threading.Lock())
-        """Guards what follows, and wakes the thread of tasks."""
+        self._pipes = threading.Lock()
+        self._state = threading.Lock()
+        """Guards what follows."""
+        self._changed = threading.Condition(self._state)
+        """Wakes the thread of tasks."""
         self._channels: set[Channel] = set()
         self._ring: deque[Channel] = deque()
         """Those that take tasks, in turn."""
@@ -109,6 +118,8 @@ class Dispatcher:
         """Tasks that workers have."""
         self._returned: deque[Task] = deque()
         """Tasks that were taken from workers: they go first."""
+        self._events = 0
+        """Results that came and workers that are new: there may be room."""
         self._waiting = False
         """The thread of tasks is."""
         self._finished = self._stopped = False
@@ -118,6 +129,8 @@ class Dispatcher:
         self._broken = ""
         """Why there will be no worker, as it seems."""
         self._results: deque[Result | Arrival | None] = deque()
+        self._unfair_since = math.inf
+        """Since when a worker is idle while tasks wait for another one."""
         self._tally = _Tally()
         self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], object]] = {}
@@ -137,54 +150,75 @@ class Dispatcher:
             return
         job, place, *rest = call
         task = Task(job, place, self._pack(tuple(rest)))
-        self._tally.sent(task.parcel.counts)
-        with self._changed:
-            while not (given := self._give(task)) and self._may_wait():
-                self._wait()
-        if not given:
-            task.parcel.release()
-            raise BrokenProcessPool(self._broken)
+        self._tally.tasks += 1
+        if task.parcel.counts is not NONE:
+            self._tally.add(0, task.parcel.counts)
+        while True:
+            seen = self._events
+            with self._pipes:
+                if self._give(task):
+                    return
+            if not self._wait_for_room(seen, task.alone):
+                task.parcel.release()
+                raise BrokenProcessPool(self._broken or "the pool was terminated")
 
     def _pack(self, call: tuple[Any, ...]) -> Parcel:
         try:
             return self._packer.pack(call, strict=True)
         except HeapFull as full:
-            if full.requested_bytes <= full.capacity_bytes:
+            if full.requested_bytes <= full.capacity_bytes and not self._idle:
                 # Tasks that end free memory, and nobody could run this one before.
-                with self._changed:
-                    while not self._idle and self._may_wait():
-                        self._wait()
+                self._wait_for_room(self._events, True)
         return self._packer.pack(call)
 
-    def _may_wait(self) -> bool:
-        return not self._stopped and not self._broken
+    def _wait_for_room(self, seen: int, alone: bool) -> bool:
+        """Wait until there is room for a task, or an idle worker if it is to be alone with it.
 
-    def _wait(self) -> None:
-        self._waiting = True
-        self._changed.wait()
-        self._waiting = False
+        Returns whether there may be by now, or False if there will be none.
+        """
+        with self._state:
+            while not (self._stopped or self._broken):
+                few = not alone and self._given <= FEW_TASKS * len(self._ring)
+                if self._events != seen and (self._idle or few):
+                    return True
+                self._waiting = True
+                self._changed.wait()
+                self._waiting = False
+            return False
 
     def _give(self, task: Task) -> bool:
         """Give a task to a worker, to an idle one if there is one; whether one has room."""
-        if self._idle:
-            return self._give_to(self._idle.pop(), task)
-        if task.alone:
-            return False
-        for _ in range(len(self._ring)):
-            self._ring.rotate(-1)
-            if self._give_to(self._ring[-1], task):
+        while (channel := self._reserve(task)) is not None:
+            if channel.send(task):
+                if channel.unsent:
+                    self._listen(channel.to, partial(self._send_more, channel), select.EPOLLOUT)
                 return True
+            with self._state:
+                channel.refuse(task)
+                self._given -= 1
         return False
 
-    def _give_to(self, channel: Channel, task: Task) -> bool:
-        given = channel.give(task)
-        self._given += given
-        if channel.unsent:
-            self._listen(channel.to, partial(self._send_more, channel), select.EPOLLOUT)
-        return given
+    def _reserve(self, task: Task) -> Channel | None:
+        with self._state:
+            if self._idle:
+                channel = self._idle.pop()
+            elif task.alone:
+                return None
+            else:
+                for _ in range(len(self._ring)):
+                    self._ring.rotate(-1)
+                    channel = self._ring[-1]
+                    if len(channel.tasks) < channel.room and not channel.has_large:
+                        break
+                else:
+                    return None
+            channel.tasks.append(task)
+            channel.has_large = task.is_large
+            self._given += 1
+            return channel
 
     def _finish(self) -> None:
-        with self._changed:
+        with self._pipes, self._state:
             self._finished = True
             self._idle.clear()
             self._ring.clear()
@@ -198,11 +232,11 @@ class Dispatcher:
         while not self._results:
             if self._wake < 0:
                 raise EOFError  # by this thread, which was the last to know the pool
-            for fd, _ in self._poll.poll():
+            for fd, _ in self._poll.poll(self._patience()):
                 if (handle := self._handlers.get(fd)) is not None:
                     handle()
         result = self._results.popleft()
-        return self._opened(result) if isinstance(result, Arrival) else result
+        return self._opened(*result) if result is not None and len(result) == 2 else result
 
     def wake(self, _nothing: None = None) -> None:
         """Have get return None."""
@@ -213,17 +247,17 @@ class Dispatcher:
         os.eventfd_read(self._wake)
         self._results.append(None)
 
-    def _opened(self, arrival: Arrival) -> Result:
-        channel, frame = arrival
+    def _opened(self, channel: Channel, frame: Frame) -> Result:
         try:
             outcome, counts = unpack(frame, HEAD.size)
         except Exception as error:
             outcome, counts = (False, error), NONE
         channel.unopened -= 1
         if channel.left == 0 and not channel.unopened:
-            with self._changed:
+            with self._pipes:
                 self._hang_up(channel)
-        self._tally.received(counts)
+        if counts is not NONE:
+            self._tally.add(1, counts)
         return *head_of(frame), outcome
 
     def _receive(self, channel: Channel) -> bool:
@@ -235,21 +269,25 @@ class Dispatcher:
         except (EOFError, OSError):
             self._ignore(channel.back)
             return False
-        self._arrived(channel, frames)
+        if frames:
+            self._arrived(channel, frames)
         return True
 
     def _arrived(self, channel: Channel, frames: list[Frame]) -> None:
-        with self._changed:
-            if frames and not channel.ready:
+        with self._state:
+            if not channel.ready:
                 frames = frames[1:]
                 self._became_ready(channel)
             done = channel.finish(len(frames))
             self._given -= len(done)
+            self._events += 1
             if channel in self._ring:
-                self._find_work(channel)
-        self._results.extend(Arrival(channel, frame) for frame in frames)
+                self._has_room(channel)
+        self._results.extend([(channel, frame) for frame in frames])
         for task in done:
             task.parcel.release()
+        if self._returned:
+            self._give_returned()
 
     def _became_ready(self, channel: Channel) -> None:
         channel.ready = True
@@ -257,34 +295,21 @@ class Dispatcher:
         if channel in self._channels and not self._finished:
             self._ring.append(channel)
 
-    def _find_work(self, channel: Channel) -> None:
-        """It has room now, or is idle."""
+    def _has_room(self, channel: Channel) -> None:
         if channel.left == 0:
             self._ring.remove(channel)
-            return
-        if not channel.tasks:
+        elif not channel.tasks:
             self._idle.append(channel)
-        if self._returned:
-            self._give_returned()
-        if not channel.tasks and len(self._ring) > 1:
-            self._rob_for(channel)
         if self._waiting and (self._idle or self._given <= FEW_TASKS * len(self._ring)):
             self._changed.notify()
 
     def _give_returned(self) -> None:
-        while self._returned and self._give(self._returned[0]):
-            self._returned.popleft()
-
-    def _rob_for(self, channel: Channel) -> None:
-        """Give an idle worker what waits behind another one's task: half of it."""
-        taken = max(self._ring, key=lambda other: len(other.tasks)).take_half()
-        if taken:
-            self._given -= len(taken)
-            self._idle.remove(channel)
-            self._returned.extend(task for task in taken if not self._give_to(channel, task))
+        with self._pipes:
+            while self._returned and self._give(self._returned[0]):
+                self._returned.popleft()
 
     def _send_more(self, channel: Channel) -> None:
-        with self._changed:
+        with self._pipes:
             if channel.unsent:
                 channel.send_more()
             if not channel.unsent:
@@ -294,14 +319,42 @@ class Dispatcher:
         self._ignore(channel.to)
         channel.hang_up()
 
+    # No worker is idle while tasks wait for another one
+
+    def _patience(self) -> float | None:
+        """How long to wait for events: not at all if somebody is idle for no reason, after a while.
+
+        Not at once: where tasks are short, more of them are on their way to whoever is idle.
+        """
+        if not self._idle or self._given <= len(self._ring) - len(self._idle):
+            self._unfair_since = math.inf
+            return None
+        now = time.monotonic()
+        self._unfair_since = min(self._unfair_since, now)
+        if now - self._unfair_since >= UNFAIR_S:
+            self._rob()
+        return UNFAIR_S
+
+    def _rob(self) -> None:
+        """Give idle workers what waits behind another one's task: half of it."""
+        with self._pipes:
+            taken = max(self._ring, key=lambda channel: len(channel.tasks)).take_half()
+            with self._state:
+                self._given -= len(taken)
+            self._returned.extend(taken)
+        self._give_returned()
+        self._unfair_since = math.inf
+
     # Workers come and go
 
     def connect(self, max_tasks: int | None, initargs: tuple[Any, ...]) -> tuple[Channel, Line]:
         """Make both ends for a worker that is about to be started."""
         packer = self._packer
         carried = Carried(initargs, packer)
-        begun = packer.heap.alloc(COUNT_BYTES)
-        with self._changed, no_fork:
+        begun = None
+        with suppress(HeapFull):  # a worker is worth more than knowing what it had not begun with
+            begun = packer.heap.alloc(COUNT_BYTES)
+        with self._state, no_fork:
             channel = Channel(max_tasks, begun, carried)
             self._channels.add(channel)
         results = type(packer)(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
@@ -317,7 +370,7 @@ class Dispatcher:
 
     def not_started(self, channel: Channel) -> None:
         """It could not be started."""
-        with self._changed:
+        with self._state:
             self._channels.discard(channel)
         channel.close_others()
         channel.release()
@@ -325,54 +378,58 @@ class Dispatcher:
 
     def _bury(self, channel: Channel) -> None:
         """A worker has ended: take what it had sent, and see what becomes of its tasks."""
-        with self._changed:
-            self._channels.discard(channel)
-            for listed in (self._ring, self._idle):
-                if channel in listed:
-                    listed.remove(channel)
+        with self._pipes:
+            with self._state:
+                self._channels.discard(channel)
+                for listed in (self._ring, self._idle):
+                    if channel in listed:
+                        listed.remove(channel)
+            self._hang_up(channel)
         while self._receive(channel):
             pass
-        with self._changed:
+        self._ignore(channel.back)
+        self._ignore(channel.end)
+        end = how_it_ended(channel)
+        with self._state:
             self._given -= len(channel.tasks)
             self._returned.extendleft(reversed(channel.take_waiting()))
-            self._give_returned()
-            self._hang_up(channel)
-            self._ignore(channel.back)
-            self._ignore(channel.end)
-            end = how_it_ended(channel)
-            channel.release()
-            channel.close()
-            if not channel.ready:
-                self._stillborn += 1
-            if self._stillborn > self._processes:
-                self._give_up(f"workers end before they can work; the last one {end}")
+        channel.release()
+        channel.close()
         for task in channel.tasks:
             self._lose(task, f"the worker that ran this task {end}")
+        if not channel.ready:
+            self._still(end)
+        self._give_returned()
         self.on_death()
+
+    def _still(self, end: str) -> None:
+        self._stillborn += 1
+        if self._stillborn > self._processes:
+            why = f"workers end before they can work; the last one {end}"
+            with self._state:
+                self._broken = why
+                self._changed.notify()
+            while self._returned:
+                self._lose(self._returned.popleft(), why)
 
     def _lose(self, task: Task, why: str) -> None:
         self._tally.lost += 1
         self._results.append((task.job, task.place, (False, BrokenProcessPool(why))))
         task.parcel.release()
 
-    def _give_up(self, why: str) -> None:
-        """Nobody can run what waits."""
-        self._broken = why
-        self._changed.notify()
-        while self._returned:
-            self._lose(self._returned.popleft(), why)
-
     # Ending
 
     def stop(self) -> None:
         """Nobody wants results any more: put returns at once."""
-        with self._changed:
+        with self._state:
             self._stopped = True
             self._changed.notify()
 
     def close(self) -> None:
         """End what is on its way, once no thread and no worker uses this any more. Idempotent."""
-        for channel in self._channels:
+        for channel in list(self._channels):
+            with self._state:
+                self._ring.clear()
             while self._receive(channel):
                 pass
             self._returned.extend(channel.tasks)
@@ -380,13 +437,14 @@ class Dispatcher:
         for task in self._returned:
             task.parcel.release()
         for result in self._results:
-            if isinstance(result, Arrival):
-                discard(result.frame, HEAD.size)
+            if result is not None and len(result) == 2:
+                discard(result[1], HEAD.size)
         self._returned.clear()
         self._results.clear()
         self.leave()
         if self._owns and hasattr(self, "_packer"):
             self.heap.unlink()
+            self._packer.close()
             del self._packer  # and the heap with it; results keep what they need of it
 
     def leave(self) -> None:
@@ -430,16 +488,7 @@ class _Tally:
         self._hinted = False
         self.tasks = self.lost = 0
 
-    def sent(self, counts: Counts) -> None:
-        self.tasks += 1
-        self._add(0, counts)
-
-    def received(self, counts: Counts) -> None:
-        self._add(1, counts)
-
-    def _add(self, direction: int, counts: Counts) -> None:
-        if counts is NONE:
-            return
+    def add(self, direction: int, counts: Counts) -> None:
         self._sums[direction][:] = map(sum, zip(self._sums[direction], counts, strict=True))
         if counts.copied_bytes >= LARGE_BYTES and not self._hinted:
             self._hinted = True

@@ -100,6 +100,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
             self._terms.initargs.release()
         if self._own and wait and self._terms.packer is not None:
             self.heap.unlink()
+            self._terms.packer.close()
             self._terms.packer = None  # and the heap with it; results keep what they need of it
 
 

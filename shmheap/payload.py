@@ -24,16 +24,17 @@ import pickle
 import struct
 import sys
 import warnings
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmheap import arrays
-from shmheap.block import Block, Lease
-from shmheap.errors import HeapFull
+from shmheap.block import Block, Lease, rebuild
+from shmheap.errors import HeapError, HeapFull
 from shmheap.heap import ask_open_heaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import TypeVar
 
     import numpy as np
@@ -59,14 +60,20 @@ __all__ = [
     "rebuild_array",
     "rebuild_memoryview",
     "reducers",
+    "release_all",
     "slice_under",
     "unpack",
 ]
 
-MIN_BYTES = 65536
-"""Buffers from this size on are better off in the heap. Fewer bytes take less time through the pipe
-than a block, a lease and a pin take: measured, see docs/reference/bench.md."""
+MIN_BYTES = 32768
+"""Buffers from this size on are better off in the heap; for fewer bytes two copies through a pipe
+cost less than a block, a lease and two pins. Microseconds of all processes' CPU, there and back,
+heap / pipe: an argument that comes back 8 KiB 86 / 91, 16 KiB 93 / 118, 32 KiB 86 / 124, 64 KiB
+99 / 122; one of which NumPy makes the result in the heap 113 / 94, 113 / 104, 105 / 130, 115 /
+135."""
 
+EXTRA: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+"""Reducers that multiprocessing and its users have registered."""
 LENGTH = struct.Struct("<I")
 NO_HEAD = LENGTH.pack(0)
 PROTOCOL = 5
@@ -90,6 +97,7 @@ class Counts(NamedTuple):
 
 NONE = Counts()
 NOTHING = list(NONE)
+NO_LEASES: tuple[Lease, ...] = ()
 
 
 class Head(NamedTuple):
@@ -108,13 +116,12 @@ class Parcel(NamedTuple):
     """A value on its way, and what the sender has to end when nobody needs it any more."""
 
     body: bytes
-    leases: Sequence[Lease] = ()
+    leases: Sequence[Lease] = NO_LEASES
     counts: Counts = NONE
 
     def release(self) -> None:
         """End what nobody took. Idempotent."""
-        for lease in self.leases:
-            lease.release()
+        release_all(self.leases)
 
 
 class Packer:
@@ -143,6 +150,7 @@ class Packer:
         self.strict = strict
         self.views = views
         self.stream_bytes = stream_bytes
+        self._spare: Packing | None = None
 
     def pickler(self, file: Pieces, packing: Packing) -> pickle.Pickler:
         """Return what writes a value to a file, and asks the packing about what is large."""
@@ -154,40 +162,66 @@ class Packer:
         Raises what pickling it raises, and HeapFull if strict; nothing is kept then.
         Cost: a pickling, and for each buffer a lease, or a block and a copy without the GIL.
         """
-        packing = Packing(self, self.strict if strict is None else strict)
+        packing, self._spare = self._spare, None
+        if packing is None or packing.known_reducers != _known_reducers():
+            packing = Packing(self)
+        packing.strict = self.strict if strict is None else strict
         try:
-            return packing.pack(value)
+            parcel = packing.pack(value)
         except BaseException:
-            for lease in packing.leases:
-                lease.release()
+            packing.pickler = None
+            release_all(packing.leases)
             raise
+        if parcel.leases is NO_LEASES:
+            self._spare = packing
+        return parcel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_spare": None}
+
+    def close(self) -> None:
+        """Keep nothing that would keep the heap until a collection."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.pickler = None
+
+
+def _known_reducers() -> tuple[int, int, bool]:
+    """What a pickler's table of reducers is made of, as far as that changes."""
+    return len(copyreg.dispatch_table), len(EXTRA), "numpy" in sys.modules
 
 
 class Packing:
     """One value that is being packed: what its pickler calls, and what it left behind.
 
-    Not the pickler itself: that one has methods of this in its tables, and a circle would keep the
-    value alive until a collection.
+    As good as new after a small value, and used again.
     """
 
-    def __init__(self, packer: Packer, strict: bool) -> None:
+    def __init__(self, packer: Packer) -> None:
         self.packer = packer
-        self.strict = strict
+        self.strict = False
+        self.written = Pieces()
+        self.known_reducers = _known_reducers()
+        self.pickler: pickle.Pickler | None = packer.pickler(self.written, self)
         self.leases: list[Lease] = []
         self.buffers: list[tuple[Any, ...]] = []
         self.handles: list[tuple[Any, ...]] = []
         self.counts = NOTHING.copy()
         self.copies: list[Block] = []
         """Made here, and alive until the stream is written."""
+        self.found: tuple[Block, int] | None = None
+        """Where the next buffer lies, if that is known."""
 
     def pack(self, value: object) -> Parcel:
         """Return it as a parcel."""
-        written = Pieces()
-        self.packer.pickler(written, self).dump(value)
-        if self.counts == NOTHING and not self.leases and len(written) == 1:
-            stream = written[0]
-            if len(stream) <= self.packer.stream_bytes:
-                return Parcel(NO_HEAD + stream)
+        assert self.pickler is not None
+        written = self.written
+        self.pickler.dump(value)
+        is_small = len(written) == 1 and len(written[0]) <= self.packer.stream_bytes
+        if is_small and not self.leases and self.counts == NOTHING:
+            self.pickler.clear_memo()
+            return Parcel(NO_HEAD + written.pop())
+        self.pickler = None  # which has methods of this: a circle that would keep the value
         pieces = [raw.raw() if type(raw) is pickle.PickleBuffer else raw for raw in written]
         moved = self.stream_in_block(pieces, sum(map(len, pieces)))
         head = marshal.dumps((moved, self.buffers, self.handles, self.counts))
@@ -215,7 +249,9 @@ class Packing:
     def buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Take a buffer out of the stream: whether it stays in."""
         raw = buffer.raw()
-        found = ask_open_heaps(lambda heap: heap._block_of(raw))
+        found, self.found = self.found, None
+        if found is None:
+            found = ask_open_heaps(lambda heap: heap._block_of(raw))
         if found is not None and self.worth_a_handle(found[0], raw.nbytes):
             block, start = found
             self.counts[1 if block in self.copies else 0] += raw.nbytes
@@ -232,13 +268,20 @@ class Packing:
         return False
 
     def array(self, array: NDArray[Any]) -> Any:
-        """Reduce an exact array. NumPy's own way is best for most."""
+        """Reduce an exact array: to a slice of a block and its form, or as NumPy does."""
         flags, dtype = array.flags, array.dtype
         if dtype.hasobject or array.nbytes == 0:
             return array.__reduce_ex__(PROTOCOL)
-        if flags.forc and flags.writeable and dtype.kind in BUFFERS:
-            return array.__reduce_ex__(PROTOCOL)
-        if (block := block_under(array)) is not None:
+        if flags.forc and dtype.kind in BUFFERS:
+            raw: Any = array if flags.c_contiguous else array.T
+            self.found = ask_open_heaps(lambda heap: heap._block_of(raw))
+            if self.found is not None:
+                strides = None if flags.c_contiguous else array.strides
+                form = arrays.name_of(dtype), array.shape, 0, strides
+                return rebuild_array, (pickle.PickleBuffer(raw), *form)
+            if flags.writeable:
+                return array.__reduce_ex__(PROTOCOL)
+        elif (block := block_under(array)) is not None:
             return _view(array, block)
         large = array.nbytes >= self.packer.min_bytes
         if large and (copy := self.copy(array)) is not None:
@@ -314,7 +357,7 @@ class _Pickler(ForkingPickler):
 
 def reducers(packing: Packing) -> dict[type, Callable[[Any], Any]]:
     """Return what a pickler is to do with which types: multiprocessing's way, or ours."""
-    table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
+    table = {**copyreg.dispatch_table, **EXTRA}
     table[Block] = packing.block
     table[memoryview] = packing.view
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -390,13 +433,19 @@ def _head_of(body: Buffer, start: int) -> tuple[Head | None, memoryview]:
 
 
 def _take(handle: tuple[Any, ...], start: int, nbytes: int) -> memoryview:
-    return memoryview(Lease(handle).take())[start : start + nbytes]
+    return memoryview(rebuild(*handle))[start : start + nbytes]
 
 
 def _release(head: Head) -> None:
     slices = [*head.buffers, *([head.stream] if head.stream else [])]
-    for handle in (*(named for named, _, _ in slices), *head.handles):
-        Lease(handle).release()
+    release_all(Lease(handle) for handle in (*(named for named, _, _ in slices), *head.handles))
+
+
+def release_all(leases: Iterable[Lease]) -> None:
+    """End leases, as far as their heaps are still in use."""
+    for lease in leases:
+        with suppress(HeapError, ValueError):
+            lease.release()
 
 
 # Views
@@ -432,7 +481,8 @@ def slice_under(array: NDArray[Any], block: Block) -> tuple[memoryview, tuple[An
     raw = memoryview(block)[start : start + nbytes]
     if not array.flags.writeable:
         raw = raw.toreadonly()
-    return raw, (array.dtype, array.shape, arrays.address(array) - first, array.strides)
+    offset = arrays.address(array) - first
+    return raw, (arrays.name_of(array.dtype), array.shape, offset, array.strides)
 
 
 def rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
@@ -442,12 +492,13 @@ def rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memo
 
 def rebuild_array(
     raw: Buffer,
-    dtype: np.dtype[Any],
+    dtype: str | np.dtype[Any],
     shape: tuple[int, ...],
     offset: int,
-    strides: tuple[int, ...],
+    strides: tuple[int, ...] | None,
 ) -> NDArray[Any]:
     """Return an array over these bytes."""
     import numpy
 
-    return numpy.ndarray(shape, dtype, arrays.bytes_of(raw), offset, strides)
+    kind = arrays.dtype_of(dtype) if isinstance(dtype, str) else dtype
+    return numpy.ndarray(shape, kind, arrays.bytes_of(raw), offset, strides)

@@ -1,12 +1,12 @@
 """The two ends of the pipes between a pool and one worker.
 
     Channel (the pool's)                 Line (the worker's)
-    give(task)    --- packet: a call -->  get()
-    take_back()   <-- the same ---
+    send(task)    --- packet: a call -->  get()
+    take_half()   <-- the same --         (of calls that it has not read)
     receive()     <-- stream: results --  put()
 
 A frame is a length, a job, a place in it, and a parcel's body. The pipe of calls is in packet mode:
-each read takes one whole frame, whoever reads. So the pool can queue calls ahead, and can take one
+each read takes one whole frame, whoever reads. So the pool can queue calls ahead, and can take some
 back that the worker has not read, without any lock: there is none that a process could die with.
 A call of more bytes than a packet has is sent alone, to a worker that has nothing else to do.
 
@@ -16,6 +16,7 @@ The pool's ends never block.
 from __future__ import annotations
 
 import fcntl
+import importlib
 import mmap
 import os
 import select
@@ -33,12 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 from shmheap.block import Block, Lease
 from shmheap.errors import HeapFull
-from shmheap.payload import LENGTH, Carried, Packer, Parcel, unpack
+from shmheap.payload import LENGTH, Carried, Packer, Parcel, release_all, unpack
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
-
-    from shmheap.block import Block
 
 __all__ = [
     "COUNT_BYTES",
@@ -78,7 +77,7 @@ DEPTH = 64
 READ_BYTES = 65536
 """A pipe has no more at a time."""
 
-Frame = bytes | memoryview
+Frame = bytes | bytearray | memoryview
 Result = tuple[int, int, tuple[bool, Any]]
 """Job, place in it, and success and value: what the standard library's pool calls a task, too."""
 
@@ -104,6 +103,14 @@ def head_of(frame: Frame) -> tuple[int, int]:
     return job, place
 
 
+def frame_bytes(read: Frame, start: int) -> int:
+    """Return how long the frame is that begins there, or more than there is."""
+    if len(read) - start < HEAD.size:
+        return HEAD.size
+    nbytes: int = HEAD.unpack_from(read, start)[0]
+    return HEAD.size + nbytes
+
+
 class Line:
     """A worker's ends: what the standard library's worker takes for its queues."""
 
@@ -111,7 +118,7 @@ class Line:
         self,
         calls: Connection,
         results: Connection,
-        begun: Block | Lease,
+        begun: Block | Lease | None,
         initargs: Carried,
         packer: Packer,
         allocator: bool,
@@ -129,7 +136,7 @@ class Line:
         """Return the next call. Raises EOFError when there will be none."""
         if self.count is None:
             begun = self.begun.take() if isinstance(self.begun, Lease) else self.begun
-            self.count = memoryview(begun).cast("Q")
+            self.count = memoryview(begun or bytearray(COUNT_BYTES)).cast("Q")
             write_all(self.results.fileno(), READY, 0, b"")
         frame = read_frame(self.calls.fileno())
         self.count[0] += 1
@@ -169,6 +176,9 @@ class Allocation:
         self.packer = packer
         self.wanted = wanted
         self.context: AbstractContextManager[None] = nullcontext()
+        if wanted and "numpy" in sys.modules:
+            with suppress(ImportError):  # now: each child that is forked would have to
+                importlib.import_module("shmheap.plugins.numpy")
 
     def begin(self) -> None:
         """Do so, if it is wanted and not done yet."""
@@ -234,32 +244,40 @@ def write_some(fd: int, job: int, place: int, body: bytes) -> bytes | memoryview
 class Channel:
     """The pool's ends, and what the worker has been given."""
 
-    def __init__(self, left: int | None, begun: Block, initargs: Carried) -> None:
+    def __init__(self, left: int | None, begun: Block | None, initargs: Carried) -> None:
         calls = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
         results = os.pipe2(os.O_CLOEXEC)
-        with suppress(OSError):  # this user has too many pipes already
-            fcntl.fcntl(calls[1], fcntl.F_SETPIPE_SZ, DEPTH * mmap.PAGESIZE)
         self.calls = Connection(calls[0], writable=False)
         self.results = Connection(results[1], readable=False)
         """The worker's ends."""
         self.to, self.back, self.end = calls[1], results[0], -1
         """Ours; the last one is readable once the process has ended."""
         os.set_blocking(self.to, False)
+        with suppress(OSError):  # this user has too many pipes already
+            fcntl.fcntl(self.to, fcntl.F_SETPIPE_SZ, DEPTH * mmap.PAGESIZE)
         os.set_blocking(self.back, False)
         # Opened anew, for not to block is a matter of the open file, which the worker's end shares.
         self.unread = os.open(f"/proc/self/fd/{calls[0]}", os.O_RDONLY | os.O_NONBLOCK)
         self.initargs = initargs
-        self.lease = begun.lease()
-        self.begun = memoryview(begun).cast("Q")
+        self.lease: Lease | None = None
+        self.begun: memoryview | None = None
         """How many tasks the worker has begun with: it counts."""
+        if begun is not None:
+            with suppress(HeapFull):
+                self.lease = begun.lease()
+                self.begun = memoryview(begun).cast("Q")
         self.finished = 0
         """How many results it has sent."""
         self.process: BaseProcess
         self.left = left
         """How many more tasks it takes; None: any number."""
         self.ready = False
+        self.room = DEPTH if left is None else min(DEPTH, left)
+        """How many tasks it can have."""
         self.tasks: deque[Task] = deque()
         """The oldest may be running; the others wait in the pipe."""
+        self.has_large = False
+        """Whether it is one that is larger than a packet, and so alone."""
         self.unopened = 0
         """Results that nobody has unpacked yet."""
         self.unsent: Any = b""
@@ -268,18 +286,18 @@ class Channel:
 
     # Calls
 
-    def give(self, task: Task) -> bool:
-        """Send a task, if there is room for it. One that is larger than a packet is alone."""
-        if self.left is not None and len(self.tasks) >= self.left:
-            return False
-        if self.tasks and (task.is_large or self.tasks[0].is_large):
-            return False
+    def send(self, task: Task) -> bool:
+        """Send a task that is in `tasks` already; whether the pipe had room."""
         try:
             self.unsent = write_some(self.to, task.job, task.place, task.parcel.body)
         except BlockingIOError:
             return False
-        self.tasks.append(task)
         return True
+
+    def refuse(self, task: Task) -> None:
+        """The pipe had no room: there is less than we thought."""
+        self.tasks.remove(task)
+        self.room = len(self.tasks)
 
     def send_more(self) -> None:
         """Send of what is unsent: the pipe has room again."""
@@ -299,7 +317,7 @@ class Channel:
 
     def take_waiting(self) -> list[Task]:
         """Take what a dead worker has never begun with, after its last results."""
-        running = self.begun[0] - self.finished
+        running = 1 if self.begun is None else self.begun[0] - self.finished
         taken = list(self.tasks)[running:]
         self.tasks = deque(list(self.tasks)[:running])
         return taken
@@ -308,6 +326,8 @@ class Channel:
         """Return the oldest tasks, of which there are results."""
         if self.left is not None:
             self.left -= n
+            self.room = min(self.room, self.left)
+        self.has_large = False
         self.finished += n
         self.unopened += n
         return [self.tasks.popleft() for _ in range(n)]
@@ -316,23 +336,22 @@ class Channel:
 
     def receive(self) -> list[Frame]:
         """Return the frames that are complete now. Raises EOFError at the end, BlockingIOError."""
-        read = os.read(self.back, READ_BYTES)
+        read: Frame = os.read(self.back, READ_BYTES)
         if not read:
             raise EOFError
         if self.received:
             self.received += read
-            if len(self.received) < HEAD.size + HEAD.unpack_from(self.received)[0]:
+            if frame_bytes(self.received, 0) > len(self.received):
                 return []
-            read, self.received = bytes(self.received), bytearray()
+            read, self.received = self.received, bytearray()
+        elif frame_bytes(read, 0) == len(read):
+            return [read]
         return self._split(read)
 
-    def _split(self, read: bytes) -> list[Frame]:
+    def _split(self, read: Frame) -> list[Frame]:
         frames: list[Frame] = []
         view, start = memoryview(read), 0
-        while len(read) - start >= HEAD.size:
-            end = start + HEAD.size + HEAD.unpack_from(read, start)[0]
-            if end > len(read):
-                break
+        while start < len(read) and (end := start + frame_bytes(read, start)) <= len(read):
             frames.append(view[start:end])
             start = end
         if start < len(read):
@@ -364,13 +383,15 @@ class Channel:
 
     def release(self) -> None:
         """End what was for the worker's start, if it has not taken it. Idempotent."""
-        self.lease.release()
+        if self.lease is not None:
+            release_all([self.lease])
         self.initargs.release()
 
     def close(self) -> None:
         """Close our ends. Idempotent."""
         self.hang_up()
-        self.begun.release()
+        if self.begun is not None:
+            self.begun.release()
         with no_fork:
             for fd in (self.unread, self.back, self.end):
                 if fd >= 0:
