@@ -66,11 +66,9 @@ __all__ = [
 ]
 
 MIN_BYTES = 32768
-"""Buffers from this size on are better off in the heap; for fewer bytes two copies through a pipe
-cost less than a block, a lease and two pins. Microseconds of all processes' CPU, there and back,
-heap / pipe: an argument that comes back 8 KiB 86 / 91, 16 KiB 93 / 118, 32 KiB 86 / 124, 64 KiB
-99 / 122; one of which NumPy makes the result in the heap 113 / 94, 113 / 104, 105 / 130, 115 /
-135."""
+"""Buffers from this size on are better off in the heap: for fewer bytes two copies through a pipe
+cost no more than a block, a lease and two pins. Measured by `tools/bench.py pool`, which has a
+table of it in docs/reference/bench.md."""
 
 EXTRA: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
 """Reducers that multiprocessing and its users have registered."""

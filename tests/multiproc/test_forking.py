@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.managers  # which registers reducers of its own, once
 import multiprocessing.pool
 import pickle
 from collections.abc import Iterator
@@ -89,6 +90,21 @@ def test_pools_and_queues(heap: Heap, method: str) -> None:
         pool.apply(work.double, (array,))
     assert array.tolist() == [4] * 1000
     del array
+
+
+@pytest.mark.usefixtures("installed")
+def test_managers(heap: Heap) -> None:
+    array = heap.full(1000, 1.0)
+    with multiprocessing.get_context("fork").Manager() as manager:  # which has it installed, too
+        kept = manager.dict(it=array)
+        found = kept["it"]
+        assert np.shares_memory(found, array)
+        array[:] = 2
+        assert kept["it"].tolist() == [2] * 1000
+        del array, found
+        assert kept["it"].tolist() == [2] * 1000, "the manager holds it"
+        assert kept.pop("it").tolist() == [2] * 1000
+    assert heap.stats().leases == 0
 
 
 def test_undone(heap: Heap) -> None:

@@ -200,3 +200,8 @@ def test_pool_has_every_part() -> None:
     assert len(kinds) == len(found["small"]) == 9
     assert {"shmheap, heap arrays", "Pool"} <= found["shared"].keys()
     assert found["left"]["used_bytes"] > found["left"]["held_bytes"]
+    assert all(one["us"].keys() == {"heap", "pipe"} for one in found["threshold"])
+    assert {name: one["count"] for name, one in found["deaths"].items()} == {
+        "Pool": 2,
+        "ProcessPoolExecutor": 2,
+    }

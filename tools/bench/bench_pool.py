@@ -32,6 +32,7 @@ from bench_common import (
     size_text,
 )
 from bench_memory import look
+from pool_limits import THRESHOLD_SIZES, cpu_clock, measure_deaths, measure_threshold
 from pool_peers import (
     BESIDE,
     COPIED,
@@ -104,13 +105,17 @@ class Pool:
         small = measure_small(rounds=3 if quick else 41)
         shared = measure_shared(found, sizes[-1])
         left = measure_left(sizes[-1])
-        rows = [row.as_json() for row in _rows(transfers, small, shared, left)]
+        threshold = measure_threshold(THRESHOLD_SIZES[:: 3 if quick else 1], 3 if quick else 41)
+        deaths = measure_deaths(2 if quick else 50)
+        rows = [row.as_json() for row in _rows(transfers, small, shared, left, deaths)]
         return {
             "left_out": left_out,
             "transfers": transfers,
             "small": small,
             "shared": shared,
             "left": left,
+            "threshold": threshold,
+            "deaths": deaths,
             "rows": rows,
         }
 
@@ -121,6 +126,7 @@ class Pool:
         console().print(_transfer_table(result["transfers"]))
         console().print(_small_table(result["small"]))
         console().print(_shared_table(result["shared"]))
+        console().print(_threshold_table(result["threshold"]))
         show_rows(result["rows"])
 
     def plot(self, result: Result, file: Path) -> None:
@@ -136,7 +142,11 @@ class Pool:
 
 
 def _rows(
-    transfers: list[Result], small: list[Result], shared: dict[str, Result], left: Result
+    transfers: list[Result],
+    small: list[Result],
+    shared: dict[str, Result],
+    left: Result,
+    deaths: dict[str, Result],
 ) -> Iterator[Row]:
     large, size = transfers[-1], size_text(transfers[-1]["nbytes"])
     yield Row(f"{size} in the heap there and back / 1 byte", large["of_small"], 3, 1.2)
@@ -154,6 +164,9 @@ def _rows(
     what = f"shared memory of all while {SHARERS} use one array / its size"
     yield Row(what, shared[SHARED]["pss_shmem"], 1.02, 1.0)
     yield Row("left after the pool, of one array", 100 * left["share"], 0.1, 0, unit="%")
+    for name, one in deaths.items():
+        what = f"from a worker's SIGKILL to its task's error, {name}, the longest of {one['count']}"
+        yield Row(what, one["max_ms"], 1000, unit="ms")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,12 +312,7 @@ def _mapping(pool: Any, function: Callable[[Any], Any], size: int | None) -> Cal
 
 def _clocks(pool: Any) -> dict[str, Callable[[], int]]:
     """The clock on the wall, CPU time of this process, and that of the workers, too."""
-
-    def everybody() -> int:
-        workers = [Path(f"/proc/{worker.pid}/schedstat").read_text() for worker in pool._pool]
-        return time.process_time_ns() + sum(int(text.split()[0]) for text in workers)
-
-    clocks = (time.perf_counter_ns, time.process_time_ns, everybody)
+    clocks = (time.perf_counter_ns, time.process_time_ns, cpu_clock(pool))
     return dict(zip(CLOCKS, clocks, strict=True))
 
 
@@ -415,4 +423,15 @@ def _shared_table(shared: dict[str, Result]) -> Table:
         table.add_column(name, justify="right")
     for name, one in shared.items():
         table.add_row(name, f"{one['pss']:.3f}", f"{one['pss_shmem']:.3f}")
+    return table
+
+
+def _threshold_table(threshold: list[Result]) -> Table:
+    table = Table("us of CPU, there and back", title="by the heap | by the pipe")
+    sizes = sorted({one["nbytes"] for one in threshold})
+    for nbytes in sizes:
+        table.add_column(size_text(nbytes), justify="right")
+    for task in dict.fromkeys(one["task"] for one in threshold):
+        found = {one["nbytes"]: one["us"] for one in threshold if one["task"] == task}
+        table.add_row(task, *(" | ".join(f"{us:.3g}" for us in found[n].values()) for n in sizes))
     return table

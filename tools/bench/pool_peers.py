@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -346,7 +346,7 @@ PEERS: dict[str, tuple[Candidate, str | None]] = {
 """By name, with the module that it needs. Those that fork come first: others start threads."""
 
 
-def missing(names: list[str]) -> list[str]:
+def missing(names: Sequence[str]) -> list[str]:
     """Return those of these peers that are not installed."""
     needs = {name: PEERS[name][1] for name in names}
     return [
