@@ -717,7 +717,10 @@ def _unlink_path(path: str, nonce: int) -> None:
     except (HeapNotFound, UntrustedArena):
         return
     try:
-        if _core.Observer(fd).nonce == nonce:
+        seen = _core.Observer(fd)
+        if seen.nonce == nonce:
+            if seen.header()["fault"]:  # its coordinator has left, and removes no doorbell
+                arena.remove_bell(arena.bell_name(nonce))
             arena.unlink_same(path, os.fstat(fd))
     except UntrustedArena:
         return

@@ -155,6 +155,21 @@ def test_unlink_removes_a_corrupt_heap(heap_name: str) -> None:
         assert bytes(block) == b"abc"
 
 
+def test_its_maker_leaves_no_doorbell(heap_name: str) -> None:
+    with Heap.create(heap_name, capacity="64MiB") as heap:
+        bell = arena.bell_path(arena.bell_name(heap.nonce))
+        kept = heap.put(b"abc")
+        heap.gc()
+        damage_records(arena.file_path(heap_name), 0, heap.stats().heap_sys // 8192)
+        for _ in range(2):  # found; the coordinator has left
+            with pytest.raises(HeapCorrupt):
+                heap.gc()
+        assert os.path.exists(bell)
+        heap.unlink()
+        assert not os.path.exists(bell)
+        assert bytes(kept) == b"abc"
+
+
 def test_a_sound_heap_is_sound_to_the_depth(heap_name: str) -> None:
     with HeapByHand(heap_name) as hand:
         blocks = [hand.heap.put(bytes(n)) for n in (10, 1000, 100_000)]
