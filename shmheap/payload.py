@@ -132,6 +132,8 @@ class Packer:
         views: Send every view of a heap as a handle, however small. Results are not: an array of
             ten elements shall not keep the block of a million alive of which it is a slice.
         stream_bytes: A stream of more bytes goes into a block.
+
+    Raises ValueError if min_bytes is less than 1: no block is empty.
     """
 
     def __init__(
@@ -143,6 +145,8 @@ class Packer:
         views: bool = True,
         stream_bytes: int = MIN_BYTES,
     ) -> None:
+        if min_bytes < 1:
+            raise ValueError(f"min_bytes is at least 1, not {min_bytes}")
         self.heap = heap
         self.min_bytes = min_bytes
         self.strict = strict
@@ -299,6 +303,8 @@ class Packing:
 
     def view(self, view: memoryview) -> Any:
         """Reduce a memoryview, which pickle itself does not."""
+        if not view.c_contiguous:  # what goes are its bytes, and they come as rows
+            raise BufferError("a memoryview that is not contiguous row by row cannot be sent")
         return rebuild_memoryview, (pickle.PickleBuffer(view), view.format, view.shape)
 
     def block(self, block: Block) -> Any:
@@ -484,8 +490,9 @@ def slice_under(array: NDArray[Any], block: Block) -> tuple[memoryview, tuple[An
 
 
 def rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
-    """Return a view of these bytes."""
-    return memoryview(raw).cast("B").cast(format, shape)  # type: ignore[call-overload, no-any-return]
+    """Return a view of these bytes; one of no bytes has no form that cast would give it."""
+    flat = memoryview(raw)
+    return flat.cast(format, shape) if flat.nbytes else flat  # type: ignore[call-overload, no-any-return]
 
 
 def rebuild_array(

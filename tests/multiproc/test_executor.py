@@ -260,6 +260,8 @@ def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
         ProcessPoolExecutor(0)
     with pytest.raises(ValueError, match="size"):
         ProcessPoolExecutor(1, min_bytes="many")
+    with pytest.raises(ValueError, match="min_bytes is at least 1"):
+        ProcessPoolExecutor(1, min_bytes=0)
     gc.collect()
     assert made
     assert not any(map(os.path.exists, made))

@@ -131,6 +131,16 @@ def test_blocks_and_collections(pool: Pool, heap: Heap) -> None:
     del same, block, shared
 
 
+def test_views_of_bytes(pool: Pool) -> None:
+    table = np.arange(12.0).reshape(3, 4)
+    for sent in (memoryview(table), memoryview(b"abc"), memoryview(b""), memoryview(table[:0, 0])):
+        found = pool.apply(work.same, (sent,))
+        assert (found.tolist(), found.ndim) == (sent.tolist(), sent.ndim)
+    for bad in (memoryview(table.T), memoryview(table[:, 1]), memoryview(b"abc")[::2]):
+        with pytest.raises(BufferError, match="not contiguous"):
+            pool.apply(work.same, (bad,))
+
+
 def test_memory_of_arguments_ends_with_the_task(pool: Pool, heap: Heap) -> None:
     pool.map(work.total, [np.ones(N) for _ in range(20)], 1)
     for _ in range(4):
@@ -249,7 +259,10 @@ def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
             Pool(*args, **named)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size"):
         Pool(1, min_bytes="many")
-    assert len(made) == 3
+    with pytest.raises(ValueError, match="min_bytes is at least 1"):
+        Pool(1, min_bytes=0)
+    gc.collect()
+    assert len(made) == 4
     assert not any(map(os.path.exists, made))
 
 
