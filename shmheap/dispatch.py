@@ -103,8 +103,8 @@ class Dispatcher:
         )
         self._allocator = allocator
         self._processes = processes
-        self.on_death: Callable[[], object] = bool
-        """Called after a death; the pool says what it needs."""
+        self.on_death: Callable[[], object] | None = None
+        """Called when workers are missing; None: the pool is still being made."""
         self._pipes = threading.Lock()
         self._state = threading.Lock()
         """Guards what follows."""
@@ -128,6 +128,8 @@ class Dispatcher:
         """Workers in a row that died before they were ready."""
         self._broken = ""
         """Why there will be no worker, as it seems."""
+        self._ending = False
+        """The thread of results was woken to end."""
         self._results: deque[Result | Arrival | None] = deque()
         self._unfair_since = math.inf
         """Since when a worker is idle while tasks wait for another one."""
@@ -160,15 +162,17 @@ class Dispatcher:
                     return
             if not self._wait_for_room(seen, task.alone):
                 task.parcel.release()
+                self._ask_for_workers()
                 raise BrokenProcessPool(self._broken or "the pool was terminated")
 
     def _pack(self, call: tuple[Any, ...]) -> Parcel:
+        seen = self._events
         try:
             return self._packer.pack(call, strict=True)
         except HeapFull as full:
             if full.requested_bytes <= full.capacity_bytes and not self._idle:
                 # Tasks that end free memory, and nobody could run this one before.
-                self._wait_for_room(self._events, True)
+                self._wait_for_room(seen, True)
         return self._packer.pack(call)
 
     def _wait_for_room(self, seen: int, alone: bool) -> bool:
@@ -232,25 +236,31 @@ class Dispatcher:
         while not self._results:
             if self._wake < 0:
                 raise EOFError  # by this thread, which was the last to know the pool
-            for fd, _ in self._poll.poll(self._patience()):
-                if (handle := self._handlers.get(fd)) is not None:
+            events = self._poll.poll(self._patience())
+            # All of them now: one may close what another is about, and its number be used again.
+            for handle in [self._handlers.get(fd) for fd, _ in events]:
+                if handle is not None:
                     handle()
         result = self._results.popleft()
         return self._opened(*result) if result is not None and len(result) == 2 else result
 
     def wake(self, _nothing: None = None) -> None:
         """Have get return None."""
+        self._ending = True
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
 
     def _woken(self) -> None:
         os.eventfd_read(self._wake)
-        self._results.append(None)
+        if self._broken:
+            self._lose_waiting()
+        if self._ending:
+            self._results.append(None)
 
     def _opened(self, channel: Channel, frame: Frame) -> Result:
         try:
             outcome, counts = unpack(frame, HEAD.size)
-        except Exception as error:
+        except BaseException as error:  # also that of a result which exits: this thread goes on
             outcome, counts = (False, error), NONE
         channel.unopened -= 1
         if channel.left == 0 and not channel.unopened:
@@ -338,6 +348,8 @@ class Dispatcher:
     def _rob(self) -> None:
         """Give idle workers what waits behind another one's task: half of it."""
         with self._pipes:
+            if not self._ring:  # by now: there will be no more tasks
+                return
             taken = max(self._ring, key=lambda channel: len(channel.tasks)).take_half()
             with self._state:
                 self._given -= len(taken)
@@ -372,9 +384,27 @@ class Dispatcher:
         """It could not be started."""
         with self._state:
             self._channels.discard(channel)
+        self._ignore(channel.back)
         channel.close_others()
         channel.release()
         channel.close()
+
+    def goes_on_without(self, error: Exception) -> bool:
+        """Whether it does without a worker that could not be started: not while it is being made.
+
+        Without any worker, what waits for one fails; who comes later has it tried again.
+        """
+        if self.on_death is None:
+            return False
+        with self._state:
+            if not self._channels:
+                self._break(f"no worker can be started: {error!r}")
+        os.eventfd_write(self._wake, 1)
+        return True
+
+    def _ask_for_workers(self) -> None:
+        if self.on_death is not None:
+            self.on_death()
 
     def _bury(self, channel: Channel) -> None:
         """A worker has ended: take what it had sent, and see what becomes of its tasks."""
@@ -400,17 +430,22 @@ class Dispatcher:
         if not channel.ready:
             self._still(end)
         self._give_returned()
-        self.on_death()
+        self._ask_for_workers()
 
     def _still(self, end: str) -> None:
         self._stillborn += 1
         if self._stillborn > self._processes:
-            why = f"workers end before they can work; the last one {end}"
             with self._state:
-                self._broken = why
-                self._changed.notify()
-            while self._returned:
-                self._lose(self._returned.popleft(), why)
+                self._break(f"workers end before they can work; the last one {end}")
+            self._lose_waiting()
+
+    def _break(self, why: str) -> None:
+        self._broken = why
+        self._changed.notify()
+
+    def _lose_waiting(self) -> None:
+        while self._returned:
+            self._lose(self._returned.popleft(), self._broken)
 
     def _lose(self, task: Task, why: str) -> None:
         self._tally.lost += 1

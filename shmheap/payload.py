@@ -492,7 +492,7 @@ def slice_under(array: NDArray[Any], block: Block) -> tuple[memoryview, tuple[An
 def rebuild_memoryview(raw: Buffer, format: str, shape: tuple[int, ...]) -> memoryview:
     """Return a view of these bytes; one of no bytes has no form that cast would give it."""
     flat = memoryview(raw)
-    return flat.cast(format, shape) if flat.nbytes else flat  # type: ignore[call-overload, no-any-return]
+    return flat.cast(format, shape) if flat.nbytes else flat  # type: ignore[call-overload]
 
 
 def rebuild_array(

@@ -9,12 +9,14 @@ Pool                the standard library's threads, results and workers' loop
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing.pool
+import multiprocessing.process
 import os
 import weakref
 from collections.abc import Sized
 from functools import partial
-from multiprocessing.pool import RUN
+from multiprocessing.pool import CLOSE, RUN
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +27,7 @@ from shmheap.payload import MIN_BYTES, Packer
 from shmheap.wires import Channel, Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from multiprocessing.process import BaseProcess
 
     from shmheap.stats import PoolStats
@@ -34,6 +36,8 @@ __all__ = ["Pool"]
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+LOG = logging.getLogger("shmheap")
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
@@ -161,6 +165,37 @@ class Pool(multiprocessing.pool.Pool):
         found: list[T] = result.get()
         return found
 
+    def apply_async(
+        self,
+        func: Callable[..., T],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+        callback: Callable[[T], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> multiprocessing.pool.ApplyResult[T]:
+        """Have a worker call func(*args, **kwds); see multiprocessing.Pool.
+
+        Args:
+            func: What is called.
+            args: Its arguments.
+            kwds: Those by name.
+            callback: Called with the result. What it raises is logged, and nobody else's matter.
+            error_callback: Called with the error instead.
+        """
+        return super().apply_async(func, args, kwds, _logged(callback), _logged(error_callback))
+
+    def _map_async(
+        self,
+        func: Any,
+        iterable: Any,
+        mapper: Any,
+        chunksize: Any = None,
+        callback: Any = None,
+        error_callback: Any = None,
+    ) -> Any:
+        callbacks = _logged(callback), _logged(error_callback)
+        return super()._map_async(func, iterable, mapper, chunksize, *callbacks)  # type: ignore[misc]
+
     def join(self) -> None:
         """Wait for the workers' end, after close() or terminate()."""
         super().join()
@@ -185,13 +220,12 @@ class Pool(multiprocessing.pool.Pool):
 
     @staticmethod
     def Process(ctx: Any, *, target: Any, args: Any) -> Any:  # noqa: N802
-        """Make a worker that has a channel of its own. What it is to do comes from `args`."""
+        """Make a worker that will have a channel of its own. What it is to do comes from `args`."""
         dispatcher, _, initializer, initargs, max_tasks, wrap = args
-        channel, line = dispatcher.connect(max_tasks, initargs)
-        process: BaseProcess = ctx.Process(
-            target=_work, args=(target, line, initializer, max_tasks, wrap)
-        )
-        process.start = partial(_start, process, dispatcher, channel)  # type: ignore[method-assign]
+        process: BaseProcess = ctx.Process(target=_work)
+        work = target, initializer, max_tasks, wrap
+        connect = partial(dispatcher.connect, max_tasks, initargs)
+        process.start = partial(_start, process, dispatcher, connect, work)  # type: ignore[method-assign]
         return process
 
     @staticmethod
@@ -206,6 +240,21 @@ class Pool(multiprocessing.pool.Pool):
             taskqueue.get()
 
 
+def _logged(callback: Callable[[T], object] | None) -> Callable[[T], object] | None:
+    """A callback whose error is logged. It would end the thread of results, and all would wait for
+    ever."""
+    if callback is None:
+        return None
+
+    def call(value: T) -> None:
+        try:
+            callback(value)
+        except BaseException:
+            LOG.exception("a pool's callback raised")
+
+    return call
+
+
 def _tell_if_it_ends(thread: Any, change_notifier: Any, _nothing: None) -> None:
     """No job is left. Who looks after the workers waits for that once the pool is closed; woken
     each time that it has nothing to do, that thread was half of what a small task cost."""
@@ -213,19 +262,49 @@ def _tell_if_it_ends(thread: Any, change_notifier: Any, _nothing: None) -> None:
         change_notifier.put(None)
 
 
-def _start(process: BaseProcess, dispatcher: Dispatcher, channel: Channel) -> None:
+def _start(
+    process: Any,
+    dispatcher: Dispatcher,
+    connect: Callable[[], tuple[Channel, Line]],
+    work: tuple[Any, ...],
+) -> None:
     del process.start  # what is sent to a process that is spawned is the process object
     try:
-        process.start()
-    except BaseException:
-        dispatcher.not_started(channel)
-        raise
-    dispatcher.started(channel, process)
+        channel, line = connect()
+        process._args = line, *work
+        try:
+            process.start()
+            dispatcher.started(channel, process)
+        except BaseException:
+            if process.pid is not None:
+                process.kill()
+            dispatcher.not_started(channel)
+            raise
+    except Exception as error:
+        if not dispatcher.goes_on_without(error):
+            raise
+        process.__class__ = _NotStarted
+
+
+class _NotStarted(multiprocessing.process.BaseProcess):
+    """What the pool has instead of a worker: one that has ended, so that it tries to replace it.
+
+    An error would end the thread that looks after the workers, and nobody would ever again."""
+
+    exitcode = 1
+
+    @property
+    def sentinel(self) -> int:
+        """There is nothing to wait for."""
+        raise AttributeError
+
+    def join(self, timeout: float | None = None) -> None:
+        """Return at once."""
 
 
 def _work(
-    loop: Callable[..., None],
     line: Line,
+    loop: Callable[..., None],
     initializer: Callable[..., object] | None,
     max_tasks: int | None,
     wrap: bool,
@@ -242,3 +321,12 @@ def _end_pools() -> None:
 
 
 atexit.register(_end_pools)
+
+
+def _close_in_child() -> None:
+    """In a forked child, which has none of a pool's threads, its use is an error and no wait."""
+    for pool in list(_pools):
+        pool._state = CLOSE  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_close_in_child)

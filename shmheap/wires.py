@@ -241,23 +241,35 @@ def write_some(fd: int, job: int, place: int, body: bytes) -> bytes | memoryview
     return b"" if n == len(head) + len(body) else memoryview(head + body)[n:]
 
 
+def _open_pipes() -> list[int]:
+    """Open the pipes of calls and of results, and the first one's end anew to read back from: not
+    to block is a matter of the open file, which the worker's end shares. All of them, or none."""
+    opened: list[int] = []
+    try:
+        opened += os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+        opened += os.pipe2(os.O_CLOEXEC)
+        opened.append(os.open(f"/proc/self/fd/{opened[0]}", os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        for fd in opened:
+            os.close(fd)
+        raise
+    return opened
+
+
 class Channel:
     """The pool's ends, and what the worker has been given."""
 
     def __init__(self, left: int | None, begun: Block | None, initargs: Carried) -> None:
-        calls = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
-        results = os.pipe2(os.O_CLOEXEC)
-        self.calls = Connection(calls[0], writable=False)
-        self.results = Connection(results[1], readable=False)
+        calls, self.to, self.back, results, self.unread = _open_pipes()
+        self.calls = Connection(calls, writable=False)
+        self.results = Connection(results, readable=False)
         """The worker's ends."""
-        self.to, self.back, self.end = calls[1], results[0], -1
-        """Ours; the last one is readable once the process has ended."""
+        self.end = -1
+        """Readable once the process has ended."""
         os.set_blocking(self.to, False)
         with suppress(OSError):  # this user has too many pipes already
             fcntl.fcntl(self.to, fcntl.F_SETPIPE_SZ, DEPTH * mmap.PAGESIZE)
         os.set_blocking(self.back, False)
-        # Opened anew, for not to block is a matter of the open file, which the worker's end shares.
-        self.unread = os.open(f"/proc/self/fd/{calls[0]}", os.O_RDONLY | os.O_NONBLOCK)
         self.initargs = initargs
         self.lease: Lease | None = None
         self.begun: memoryview | None = None
@@ -380,6 +392,7 @@ class Channel:
             if self.to >= 0:
                 os.close(self.to)
                 self.to = -1
+                self.unsent = b""
 
     def release(self) -> None:
         """End what was for the worker's start, if it has not taken it. Idempotent."""

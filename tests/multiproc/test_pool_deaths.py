@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -207,6 +209,26 @@ def test_a_result_that_cannot_be_unpickled(pool: Pool) -> None:
     assert pool.apply(work.square, (3,)) == 9
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_result_that_ends_whoever_unpickles_it(pool: Pool, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        pool.apply_async(work.raises_when_unpickled, (error,)).get(work.PATIENCE_S)
+    assert pool.apply(work.square, (3,)) == 9
+
+
+def test_a_callback_that_raises(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    """It ends multiprocessing's own thread of results: all wait for ever."""
+    for callback in (work.fail, sys.exit):
+        with caplog.at_level(logging.ERROR, "shmheap"):
+            result = pool.apply_async(work.square, (3,), callback=callback)
+            assert result.get(work.PATIENCE_S) == 9
+            failed = pool.map_async(work.fail, [1], error_callback=callback)
+            with pytest.raises(ValueError, match="no 1"):
+                failed.get(work.PATIENCE_S)
+    assert caplog.messages == ["a pool's callback raised"] * 4
+    assert pool.apply(work.square, (3,)) == 9
+
+
 def test_terminate_in_the_middle_leaves_nothing(make: MakePool, heap: Heap) -> None:
     pool = make()
     here, there = multiprocessing.Pipe()
@@ -242,6 +264,24 @@ def test_workers_that_die_as_they_start(make: MakePool) -> None:
         pool.map(work.square, range(1000), 1)
     with pytest.raises(BrokenProcessPool, match="before they can work"):
         pool.apply(work.square, (1,))
+
+
+def test_workers_that_cannot_be_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing's thread that looks after workers ends of it, and the pool never does."""
+    first, second = pids(pool)
+    with monkeypatch.context() as no_fork:
+        no_fork.setattr(os, "fork", lambda: work.raise_error(BlockingIOError("no process")))
+        os.kill(first, signal.SIGKILL)
+        gone(first)
+        assert pool.map(work.square, range(50), 1) == [n * n for n in range(50)], "by the other one"
+        os.kill(second, signal.SIGKILL)
+        with pytest.raises(BrokenProcessPool, match="no process"):
+            pool.apply_async(work.square, (3,)).get(work.PATIENCE_S)
+    while True:  # whoever asks has it tried again
+        with suppress(BrokenProcessPool):
+            assert pool.apply(work.square, (3,)) == 9
+            break
+    assert len(pids(pool)) == 2
 
 
 # The parent

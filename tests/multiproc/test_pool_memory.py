@@ -395,9 +395,12 @@ def test_a_forked_child_leaves_the_pool_alone(pool: Pool) -> None:
     child = os.fork()
     if child == 0:
         try:
+            with pytest.raises(ValueError, match="not running"):
+                pool.apply(work.square, (1,))
             pool.close()
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert pool.map(work.square, range(10)) == [n * n for n in range(10)]
 

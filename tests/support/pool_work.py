@@ -57,6 +57,10 @@ def fail(number: int) -> NoReturn:
     raise ValueError(f"no {number}")
 
 
+def raise_error(error: BaseException) -> NoReturn:
+    raise error
+
+
 def fail_at_three(number: int) -> int:
     return fail(number) if number == 3 else number
 
@@ -160,6 +164,20 @@ class Unpicklable:
 
 def unpicklable(_: object = None) -> Unpicklable:
     return Unpicklable()
+
+
+class Raises:
+    """Raises where it is received."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __reduce__(self) -> Any:
+        return raise_error, (self.error(),)
+
+
+def raises_when_unpickled(error: type[BaseException]) -> Raises:
+    return Raises(error)
 
 
 class Stale:

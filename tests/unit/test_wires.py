@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -187,3 +188,21 @@ def test_the_end(channel: Channel, line: Line, packer: Packer) -> None:
     channel.close_others()
     with pytest.raises(EOFError):
         channel.receive()
+
+
+def test_no_pipe_is_left_where_not_all_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/proc/self/fd")
+    pipe2, calls = os.pipe2, []
+    for working in range(2):
+        calls.clear()
+
+        def one_fails(flags: int, working: int = working) -> tuple[int, int]:
+            calls.append(flags)
+            if len(calls) > working:
+                raise OSError(errno.EMFILE, "too many")
+            return pipe2(flags)
+
+        monkeypatch.setattr(os, "pipe2", one_fails)
+        with pytest.raises(OSError, match="too many"):
+            Channel(None, None, Carried(()))
+    assert os.listdir("/proc/self/fd") == before
