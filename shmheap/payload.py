@@ -212,7 +212,7 @@ class Packing:
         self.copies: list[Block] = []
         """Made here, and alive until the stream is written."""
         self.found: tuple[Block, int] | None = None
-        """Where the next buffer lies, if that is known."""
+        """Where the next buffer lies, if it is known, and known to be worth a handle."""
 
     def pack(self, value: object) -> Parcel:
         """Return it as a parcel."""
@@ -254,7 +254,9 @@ class Packing:
         found, self.found = self.found, None
         if found is None:
             found = ask_open_heaps(lambda heap: heap._block_of(raw))
-        if found is not None and self.worth_a_handle(found[0], raw.nbytes):
+            if found is not None and not self.worth_a_handle(found[0], raw.nbytes):
+                found = None
+        if found is not None:
             block, start = found
             self.counts[1 if block in self.copies else 0] += raw.nbytes
         elif raw.nbytes < self.packer.min_bytes:
@@ -276,15 +278,18 @@ class Packing:
             return array.__reduce_ex__(PROTOCOL)
         if flags.forc and dtype.kind in BUFFERS:
             raw: Any = array if flags.c_contiguous else array.T
-            self.found = ask_open_heaps(lambda heap: heap._block_of(raw))
-            if self.found is not None:
+            found = ask_open_heaps(lambda heap: heap._block_of(raw))
+            if found is not None and self.worth_a_handle(found[0], array.nbytes):
+                self.found = found
                 strides = None if flags.c_contiguous else array.strides
                 form = arrays.name_of(dtype), array.shape, 0, strides
                 return rebuild_array, (pickle.PickleBuffer(raw), *form)
             if flags.writeable:
                 return array.__reduce_ex__(PROTOCOL)
-        elif (block := block_under(array)) is not None:
-            return _view(array, block)
+        elif (block := block_under(array)) is not None and self.worth_a_handle(block, array.nbytes):
+            raw, form = slice_under(array, block)
+            self.found = ask_open_heaps(lambda heap: heap._block_of(raw))
+            return rebuild_array, (pickle.PickleBuffer(raw), *form)
         large = array.nbytes >= self.packer.min_bytes
         if large and (copy := self.copy(array)) is not None:
             return self.array(copy)
@@ -470,12 +475,6 @@ def readonly(value: Any) -> Any:
         view.flags.writeable = False
         return view
     return memoryview(value).toreadonly()
-
-
-def _view(array: NDArray[Any], block: Block) -> tuple[Any, ...]:
-    """Reduce an array that lies in a block, whatever its strides."""
-    raw, form = slice_under(array, block)
-    return rebuild_array, (pickle.PickleBuffer(raw), *form)
 
 
 def slice_under(array: NDArray[Any], block: Block) -> tuple[memoryview, tuple[Any, ...]]:

@@ -135,6 +135,28 @@ def test_of_small_results_the_block_is_not_kept(heap: Heap) -> None:
     assert np.shares_memory(sent(small, results)[0], small), "it is all of its block"
 
 
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize(
+    "part", [lambda a: a[0, :10], lambda a: a[::100, 7], lambda a: np.broadcast_to(a[0, :1], (9,))]
+)
+def test_they_are_the_receivers(heap: Heap, part: Any, writable: bool) -> None:
+    """However far apart the elements lie: what counts is how many they are."""
+    array = number_of(heap)
+    here = part(array) if writable else readonly(part(array))
+    there, counts = sent(here, Packer(heap, views=False))
+    assert there.tolist() == here.tolist()
+    assert there.flags.writeable
+    assert not np.shares_memory(there, array)
+    assert counts.handle_bytes == 0
+
+
+def test_a_result_that_would_be_large_as_a_copy(heap: Heap) -> None:
+    here = np.broadcast_to(number_of(heap)[0, :1], (100, 1000))
+    there, counts = sent(here, Packer(heap, views=False))
+    assert np.shares_memory(there, here)
+    assert (there.shape, counts.handle_bytes) == (here.shape, 8)
+
+
 def test_other_heaps_have_handles_too(heap: Heap, packer: Packer, new_heap_name: Any) -> None:
     with Heap.create(new_heap_name(), capacity="8MiB") as other:
         other.unlink()
