@@ -299,15 +299,16 @@ def _write_view(writer: _Writer, view: memoryview) -> tuple[int, bytes]:
     form = view.format, view.shape, view.readonly
     if view.nbytes == 0:
         return VIEW, writer.items(form, None)
-    block = view.obj
-    if not isinstance(block, Block) or not _is_whole(view, block, writer.home.heap):
-        block = writer.home.heap.put(view if view.c_contiguous else view.tobytes())
-    return VIEW, writer.items(form, block)
+    return VIEW, writer.items(form, _block_of_all(view, writer.home.heap))
 
 
-def _is_whole(view: memoryview, block: Block, heap: HeapBase) -> bool:
-    """Whether a view shows all bytes of a block of this heap, in their order."""
-    return view.c_contiguous and view.nbytes == block.nbytes and block._nonce == heap.nonce
+def _block_of_all(view: memoryview, heap: HeapBase) -> Block:
+    """The block of this heap that a view shows: all its bytes, in their order. Else a copy."""
+    if view.c_contiguous:
+        found = heap._block_of(view)
+        if found is not None and view.nbytes == found[0].nbytes:
+            return found[0]
+    return heap.put(view if view.c_contiguous else view.tobytes())
 
 
 def _write_datetime(writer: _Writer, value: dt.datetime) -> tuple[int, bytes]:

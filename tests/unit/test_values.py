@@ -193,6 +193,14 @@ def test_a_part_of_a_block_is_copied(heap: Heap) -> None:
     assert passed(heap, memoryview(block)[::-1]) == b"fedcba"
 
 
+def test_a_view_of_all_of_a_block_is_that_block_by_whatever_name(heap: Heap) -> None:
+    array = heap.array(np.arange(12.0).reshape(3, 4))
+    found = passed(heap, memoryview(array))
+    assert np.shares_memory(found, array)
+    assert (found.format, found.shape) == ("d", (3, 4))
+    assert not np.shares_memory(passed(heap, memoryview(array.T)), array), "another order"
+
+
 def test_blocks_and_collections_are_the_same_ones(heap: Heap) -> None:
     block, shared = heap.put(b"abc"), heap.dict(value={"a": 1})
     found = passed(heap, (block, shared, frozenset({block})))
