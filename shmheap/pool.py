@@ -13,6 +13,7 @@ import logging
 import multiprocessing.pool
 import multiprocessing.process
 import os
+import threading
 import weakref
 from collections.abc import Sized
 from functools import partial
@@ -24,7 +25,7 @@ from shmheap.config import parse_size
 from shmheap.dispatch import Dispatcher
 from shmheap.heap import Heap
 from shmheap.payload import MIN_BYTES, Packer
-from shmheap.wires import Channel, Line
+from shmheap.wires import Channel, Line, keeps_from_forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -233,7 +234,16 @@ class Pool(multiprocessing.pool.Pool):
         inqueue.stop()
 
     @classmethod
-    def _terminate_pool(cls, taskqueue: Any, inqueue: Dispatcher, *rest: Any) -> None:
+    def _terminate_pool(cls, *parts: Any) -> None:
+        # Who collects garbage comes here from wherever he stands. He cannot wait for himself, nor
+        # for threads that want to fork while he keeps all from it.
+        if threading.current_thread() in parts or keeps_from_forking():
+            threading.Thread(target=cls._end, args=parts, name="shmheap-pool-end").start()
+        else:
+            cls._end(*parts)
+
+    @classmethod
+    def _end(cls, taskqueue: Any, inqueue: Dispatcher, *rest: Any) -> None:
         super()._terminate_pool(taskqueue, inqueue, *rest)  # type: ignore[misc]
         inqueue.close()
         while not taskqueue.empty():  # who keeps the pool need not keep arguments

@@ -50,6 +50,7 @@ __all__ = [
     "Result",
     "Task",
     "head_of",
+    "keeps_from_forking",
     "no_fork",
 ]
 
@@ -60,6 +61,12 @@ never hears of the end of its calls."""
 os.register_at_fork(
     before=no_fork.acquire, after_in_child=no_fork.release, after_in_parent=no_fork.release
 )
+
+
+def keeps_from_forking() -> bool:
+    """Whether this thread does."""
+    return no_fork._is_owned()  # type: ignore[attr-defined, no-any-return]
+
 
 HEAD = struct.Struct("<QqQ")
 READY = -1

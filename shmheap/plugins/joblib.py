@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-import threading
 import weakref
 from collections import ChainMap
 from functools import partial
@@ -104,7 +103,7 @@ class ShmheapBackend(MultiprocessingBackend):  # type: ignore[misc]
         self._shared.end()
         options = {"context": DEFAULT_MP_CONTEXT or get_context("loky")} | self._options
         self._pool = _Pool(n_jobs, shared=self._shared, **options)
-        self._end = weakref.finalize(self, _end_pool, self._pool)
+        self._end = weakref.finalize(self, self._pool.terminate)
         self._n_jobs = n_jobs
 
     def terminate(self) -> None:
@@ -119,15 +118,6 @@ class ShmheapBackend(MultiprocessingBackend):  # type: ignore[misc]
         self._end()
         if ensure_ready:
             self._start(n_jobs)
-
-
-def _end_pool(pool: Pool) -> None:
-    """End a pool; if this is a thread of its own, whose callback was the last to know it, not here:
-    a thread cannot wait for itself."""
-    if threading.current_thread() is threading.main_thread():
-        pool.terminate()
-    else:
-        threading.Thread(target=pool.terminate).start()
 
 
 class _Pool(Pool):
@@ -191,8 +181,8 @@ class _Shared:
 
     def _copy_of(self, packing: Packing, array: NDArray[Any]) -> NDArray[Any]:
         key = id(array)
-        if key in self._copies:
-            return self._copies[key][0]
+        if (known := self._copies.get(key)) is not None:
+            return known[0]
         copy = packing.copy(array)
         if copy is None:  # no room
             return array

@@ -230,6 +230,7 @@ def test_a_heap_of_its_own_ends_with_the_pool(end: str) -> None:
         del pool  # which is collected by whoever lets go of it last: that thread, perhaps
         gc.collect()
         thread.join(work.PATIENCE_S)
+        work.wait_for_ends()
     else:
         with pytest.raises(ValueError, match="ended"):
             _ = pool.heap

@@ -23,6 +23,14 @@ started: list[Any] = []
 """What the initializer was called with in this worker."""
 
 
+def wait_for_ends() -> None:
+    """Wait until pools have ended that do so in a thread of its own."""
+    for thread in threading.enumerate():
+        if thread.name == "shmheap-pool-end":
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
 def remember(*args: Any) -> None:
     started.append(args)
 
