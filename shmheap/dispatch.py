@@ -84,8 +84,8 @@ class Dispatcher:
     and `not_started` are for whoever starts workers.
 
     Two locks, so that the threads rarely meet: `_pipes` is held around what is done to the pipes
-    of calls, mostly by the thread of tasks; `_state`, inside it, is held for a moment only, and
-    never around a system call.
+    of calls, mostly by the thread of tasks; `_state` for a moment only, and never around a system
+    call. Their order is `_pipes`, `no_fork`, `_state`.
     """
 
     def __init__(
@@ -105,9 +105,11 @@ class Dispatcher:
         self._processes = processes
         self.on_death: Callable[[], object] | None = None
         """Called when workers are missing; None: the pool is still being made."""
+        self._closing = threading.Lock()
         self._pipes = threading.Lock()
         self._state = threading.Lock()
-        """Guards what follows."""
+        """Guards what follows, and who has which task. Read without it, for a guess, are _idle,
+        _given and the length of _ring; and _events, before the look at what they count."""
         self._changed = threading.Condition(self._state)
         """Wakes the thread of tasks."""
         self._channels: set[Channel] = set()
@@ -116,23 +118,25 @@ class Dispatcher:
         self._idle: list[Channel] = []
         self._given = 0
         """Tasks that workers have."""
-        self._returned: deque[Task] = deque()
-        """Tasks that were taken from workers: they go first."""
         self._events = 0
         """Results that came and workers that are new: there may be room."""
         self._waiting = False
         """The thread of tasks is."""
         self._finished = self._stopped = False
         """There will be no more tasks; nobody wants any more."""
-        self._stillborn = 0
-        """Workers in a row that died before they were ready."""
         self._broken = ""
         """Why there will be no worker, as it seems."""
         self._ending = False
         """The thread of results was woken to end."""
+        # Of the thread of results alone; of close(), when there is none any more.
         self._results: deque[Result | Arrival | None] = deque()
+        self._returned: deque[Task] = deque()
+        """Tasks that were taken from workers: they go first."""
+        self._stillborn = 0
+        """Workers in a row that died before they were ready."""
         self._unfair_since = math.inf
         """Since when a worker is idle while tasks wait for another one."""
+        # Of all threads: one operation at a time is one for everybody.
         self._tally = _Tally()
         self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], object]] = {}
@@ -222,20 +226,20 @@ class Dispatcher:
             return channel
 
     def _finish(self) -> None:
-        with self._pipes, self._state:
-            self._finished = True
-            self._idle.clear()
-            self._ring.clear()
-            for channel in self._channels:
+        with self._pipes:
+            with self._state:
+                self._finished = True
+                self._idle.clear()
+                self._ring.clear()
+                channels = list(self._channels)
+            for channel in channels:
                 self._hang_up(channel)
 
     # The thread of results
 
     def get(self) -> Result | None:
-        """Return the next result; None when woken. Raises EOFError once this is closed."""
+        """Return the next result; None when woken."""
         while not self._results:
-            if self._wake < 0:
-                raise EOFError  # by this thread, which was the last to know the pool
             events = self._poll.poll(self._patience())
             # All of them now: one may close what another is about, and its number be used again.
             for handle in [self._handlers.get(fd) for fd, _ in events]:
@@ -302,7 +306,7 @@ class Dispatcher:
     def _became_ready(self, channel: Channel) -> None:
         channel.ready = True
         self._stillborn, self._broken = 0, ""
-        if channel in self._channels and not self._finished:
+        if channel.to >= 0 and not self._finished:
             self._ring.append(channel)
 
     def _has_room(self, channel: Channel) -> None:
@@ -366,9 +370,10 @@ class Dispatcher:
         begun = None
         with suppress(HeapFull):  # a worker is worth more than knowing what it had not begun with
             begun = packer.heap.alloc(COUNT_BYTES)
-        with self._state, no_fork:
+        with no_fork:
             channel = Channel(max_tasks, begun, carried)
-            self._channels.add(channel)
+            with self._state:
+                self._channels.add(channel)
         results = type(packer)(packer.heap, packer.min_bytes, strict=packer.strict, views=False)
         return channel, Line(
             channel.calls, channel.results, channel.lease, carried, results, self._allocator
@@ -382,12 +387,15 @@ class Dispatcher:
 
     def not_started(self, channel: Channel) -> None:
         """It could not be started."""
-        with self._state:
-            self._channels.discard(channel)
         self._ignore(channel.back)
         channel.close_others()
         channel.release()
+        self._forget(channel)
+
+    def _forget(self, channel: Channel) -> None:
         channel.close()
+        with self._state:  # now: a child that is forked before closes it, too
+            self._channels.discard(channel)
 
     def goes_on_without(self, error: Exception) -> bool:
         """Whether it does without a worker that could not be started: not while it is being made.
@@ -410,7 +418,6 @@ class Dispatcher:
         """A worker has ended: take what it had sent, and see what becomes of its tasks."""
         with self._pipes:
             with self._state:
-                self._channels.discard(channel)
                 for listed in (self._ring, self._idle):
                     if channel in listed:
                         listed.remove(channel)
@@ -422,9 +429,9 @@ class Dispatcher:
         end = how_it_ended(channel)
         with self._state:
             self._given -= len(channel.tasks)
-            self._returned.extendleft(reversed(channel.take_waiting()))
+        self._returned.extendleft(reversed(channel.take_waiting()))
         channel.release()
-        channel.close()
+        self._forget(channel)
         for task in channel.tasks:
             self._lose(task, f"the worker that ran this task {end}")
         if not channel.ready:
@@ -462,9 +469,12 @@ class Dispatcher:
 
     def close(self) -> None:
         """End what is on its way, once no thread and no worker uses this any more. Idempotent."""
-        for channel in list(self._channels):
-            with self._state:
-                self._ring.clear()
+        with self._closing:  # one joins, another one terminates
+            self._close()
+
+    def _close(self) -> None:
+        self._finish()
+        for channel in self._channels:
             while self._receive(channel):
                 pass
             self._returned.extend(channel.tasks)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from shmheap import Heap, HeapFull
 from shmheap.dispatch import Dispatcher
 from shmheap.payload import MIN_BYTES, Packer
+from shmheap.wires import READY, Channel, Line, write_all
 
 
 @pytest.fixture
@@ -17,6 +21,46 @@ def dispatcher(heap: Heap) -> Iterator[Dispatcher]:
     made = Dispatcher(heap, MIN_BYTES, False, False, 1, Packer)
     yield made
     made.close()
+
+
+def work_for(dispatcher: Dispatcher) -> tuple[Channel, Line]:
+    """Be a worker that is ready."""
+    channel, line = dispatcher.connect(None, ())
+    line.calls, line.results = (
+        Connection(os.dup(end.fileno())) for end in (line.calls, line.results)
+    )
+    dispatcher.started(channel, SimpleNamespace(pid=os.getpid()))  # type: ignore[arg-type]
+    line.count = memoryview(bytearray(8)).cast("Q")
+    write_all(line.results.fileno(), READY, 0, b"")
+    dispatcher.wake()
+    assert dispatcher.get() is None
+    return channel, line
+
+
+def work(line: Line) -> None:
+    job, place, func, args, kwds = line.get()
+    line.put((job, place, (True, func(*args, **kwds))))
+
+
+def test_a_task_and_its_result(dispatcher: Dispatcher) -> None:
+    _, line = work_for(dispatcher)
+    dispatcher.put((7, 0, abs, (-3,), {}))
+    work(line)
+    assert dispatcher.get() == (7, 0, (True, 3))
+
+
+def test_what_waits_goes_to_who_is_idle(dispatcher: Dispatcher) -> None:
+    (one, _), (_, idle) = work_for(dispatcher), work_for(dispatcher)
+    dispatcher._idle.remove(one)
+    first = dispatcher._idle.pop()
+    dispatcher._ring.remove(first)
+    for place in range(3):
+        dispatcher.put((1, place, abs, (place,), {}))
+    dispatcher._ring.append(first)
+    dispatcher._idle.append(first)
+    dispatcher._rob()
+    work(idle)
+    assert dispatcher.get() == (1, 0, (True, 0))
 
 
 def test_an_event_of_one_that_is_gone_is_not_taken_for_its_heirs(dispatcher: Dispatcher) -> None:
