@@ -152,7 +152,8 @@ class Packer:
         self.strict = strict
         self.views = views
         self.stream_bytes = stream_bytes
-        self._spare: Packing | None = None
+        self._spare: list[Packing] = []
+        """One for each thread that was here at once."""
 
     def pickler(self, file: Pieces, packing: Packing) -> pickle.Pickler:
         """Return what writes a value to a file, and asks the packing about what is large."""
@@ -164,9 +165,7 @@ class Packer:
         Raises what pickling it raises, and HeapFull if strict; nothing is kept then.
         Cost: a pickling, and for each buffer a lease, or a block and a copy without the GIL.
         """
-        packing, self._spare = self._spare, None
-        if packing is None or packing.known_reducers != _known_reducers():
-            packing = Packing(self)
+        packing = self._take_spare()
         packing.strict = self.strict if strict is None else strict
         try:
             parcel = packing.pack(value)
@@ -175,22 +174,24 @@ class Packer:
             release_all(packing.leases)
             raise
         if parcel.leases is NO_LEASES:
-            self._spare = packing
+            self._spare.append(packing)
         return parcel
 
+    def _take_spare(self) -> Packing:
+        try:
+            packing = self._spare.pop()
+        except IndexError:
+            return Packing(self)
+        return packing if packing.knows_all_reducers() else Packing(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_spare": None}
+        return self.__dict__ | {"_spare": []}
 
     def close(self) -> None:
         """Keep nothing that would keep the heap until a collection."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.pickler = None
-
-
-def _known_reducers() -> tuple[int, int, bool]:
-    """What a pickler's table of reducers is made of, as far as that changes."""
-    return len(copyreg.dispatch_table), len(EXTRA), "numpy" in sys.modules
+        for packing in self._spare:
+            packing.pickler = None
+        self._spare.clear()
 
 
 class Packing:
@@ -203,7 +204,7 @@ class Packing:
         self.packer = packer
         self.strict = False
         self.written = Pieces()
-        self.known_reducers = _known_reducers()
+        self.reducers = copyreg.dispatch_table.copy(), EXTRA.copy(), "numpy" in sys.modules
         self.pickler: pickle.Pickler | None = packer.pickler(self.written, self)
         self.leases: list[Lease] = []
         self.buffers: list[tuple[Any, ...]] = []
@@ -213,6 +214,10 @@ class Packing:
         """Made here, and alive until the stream is written."""
         self.found: tuple[Block, int] | None = None
         """Where the next buffer lies, if it is known, and known to be worth a handle."""
+
+    def knows_all_reducers(self) -> bool:
+        """Whether there are still those of which its pickler's table was made."""
+        return self.reducers == (copyreg.dispatch_table, EXTRA, "numpy" in sys.modules)
 
     def pack(self, value: object) -> Parcel:
         """Return it as a parcel."""
