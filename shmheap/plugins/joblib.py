@@ -144,11 +144,19 @@ class _Packer(Packer):
         table = reducers(packing)
         if self._shared is not None and (numpy := sys.modules.get("numpy")) is not None:
             table[numpy.ndarray] = partial(self._shared.reduce, packing)
-        made: pickle.Pickler = cloudpickle.Pickler(file, PROTOCOL, packing.buffer)
+        made: pickle.Pickler = _Pickler(file, PROTOCOL, packing.buffer)
         # By what the pickler in C looks at, which cloudpickle's own attribute of that name hides.
         in_c: Any = pickle.Pickler.dispatch_table
         in_c.__set__(made, ChainMap(table, cloudpickle.Pickler.dispatch_table))
         return made
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """One that can be used again: cloudpickle's own keeps namespaces of functions by their id()."""
+
+    def clear_memo(self) -> None:
+        super().clear_memo()
+        self.globals_ref.clear()
 
 
 class _Shared:

@@ -16,6 +16,7 @@ import joblib_work as work  # noqa: E402
 
 import shmheap  # noqa: E402
 import shmheap.plugins.joblib  # noqa: E402
+from shmheap.payload import unpack  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 LENGTH = 1 << 17
@@ -44,6 +45,17 @@ def test_functions_that_only_cloudpickle_can_pickle() -> None:
     with joblib.parallel_config(backend="shmheap", n_jobs=2):
         found = run(*(joblib.delayed(lambda n: lambda m: n + m + bias)(n) for n in range(5)))
     assert [one(1) for one in found] == [4, 5, 6, 7, 8]
+
+
+def test_a_namespace_is_sent_as_it_is_now(heap: shmheap.Heap) -> None:
+    """Also where another one was at the same place in memory."""
+    space: dict[str, Any] = {"__name__": "not a file"}
+    exec("def function(): pass", space)
+    packer = shmheap.plugins.joblib._Packer(heap)
+    for package in ("first", "second"):
+        space["__package__"] = package
+        there, _ = unpack(packer.pack(space["function"]).body)
+        assert there.__globals__["__package__"] == package
 
 
 @pytest.mark.usefixtures("backend")
