@@ -14,7 +14,7 @@ import pytest
 from by_hand import HeapByHand
 from numpy.typing import NDArray
 
-from shmheap import Heap, HeapFull, StaleHandle, readonly
+from shmheap import Config, Heap, HeapFull, StaleHandle, readonly
 from shmheap.payload import MIN_BYTES, Counts, Packer, discard, unpack
 
 
@@ -344,7 +344,7 @@ def test_a_parcel_that_nobody_unpacks(heap: Heap, packer: Packer) -> None:
 
 
 def test_a_heap_that_is_closed(heap_name: str) -> None:
-    heap = Heap.create(heap_name, capacity="8MiB")
+    heap = Heap.create(heap_name, capacity="8MiB", config=Config(lease_grace_s=0))
     array, packer = heap.zeros(20_000), Packer(heap)
     parcel = packer.pack(array)
     heap.unlink()
