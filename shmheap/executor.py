@@ -125,21 +125,22 @@ class _Call:
 
     def __init__(self, terms: _Terms, call: tuple[Any, ...]) -> None:
         self._terms = terms
-        self._call = call
+        self._call: tuple[Any, ...] | None = call
+        """None: it has ended."""
         self._parcel: Parcel | None = None
-        self._ended = False
 
     def __reduce__(self) -> tuple[type[_Arrived], tuple[bytes]]:
         assert self._terms.packer is not None, "it is there until all calls have ended"
         self._parcel = parcel = self._terms.packer.pack(self._call)
-        if self._ended:  # meanwhile
+        if self._call is None:  # it has ended meanwhile
             parcel.release()
         return _Arrived, (parcel.body,)
 
     def end(self, _future: object) -> None:
-        self._ended = True
+        self._call = None  # the future keeps us, and would keep the arguments
         if self._parcel is not None:
             self._parcel.release()
+            self._parcel = None
 
 
 class _Arrived(NamedTuple):

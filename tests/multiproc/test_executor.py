@@ -200,6 +200,19 @@ def test_memory_ends_with_the_task(make: Make, heap: Heap) -> None:
 
 
 @ours
+def test_who_keeps_the_future_does_not_keep_the_arguments(
+    executor: concurrent.futures.ProcessPoolExecutor,
+) -> None:
+    argument = set("abc")
+    kept = weakref.ref(argument)
+    future = executor.submit(len, argument)
+    del argument
+    assert future.result(work.PATIENCE_S) == 3
+    executor.submit(len, ()).result(work.PATIENCE_S)  # for its threads have their last one still
+    gc.collect()
+    assert kept() is None
+
+
 def test_a_handle_that_is_stale_is_the_tasks_error(make: Make, heap: Heap) -> None:
     executor = make(1)
     block = heap.put(b"abc")
