@@ -199,7 +199,6 @@ def test_memory_ends_with_the_task(make: Make, heap: Heap) -> None:
     assert (stats.heap_objects, stats.leases) == (0, 0)
 
 
-@ours
 def test_who_keeps_the_future_does_not_keep_the_arguments(
     executor: concurrent.futures.ProcessPoolExecutor,
 ) -> None:
@@ -213,6 +212,7 @@ def test_who_keeps_the_future_does_not_keep_the_arguments(
     assert kept() is None
 
 
+@ours
 def test_a_handle_that_is_stale_is_the_tasks_error(make: Make, heap: Heap) -> None:
     executor = make(1)
     block = heap.put(b"abc")
@@ -243,6 +243,7 @@ def test_a_heap_of_its_own_ends_with_it(end: str) -> None:
     executor = ProcessPoolExecutor(1)
     path, heap = executor.heap._path, weakref.ref(executor.heap)
     future = executor.submit(work.like, np.ones(N))
+    thread = executor._executor_manager_thread  # type: ignore[attr-defined]
     assert os.path.exists(path)
     if end == "with":
         with executor:
@@ -259,6 +260,9 @@ def test_a_heap_of_its_own_ends_with_it(end: str) -> None:
     result = future.result(work.PATIENCE_S)
     if end in ("not waiting", "collect"):
         del executor, future
+        gc.collect()
+        thread.join(work.PATIENCE_S)  # it has the call until the result is told to all
+        del thread
         gc.collect()
     assert result.sum() == 7 * N
     assert not os.path.exists(path)
