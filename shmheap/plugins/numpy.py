@@ -50,11 +50,12 @@ def allocator(
     Cost: two microseconds; of an array heap.alloc's, with zero=False.
     """
     api = _array_api()
+    leave = _numpy.leave  # a block that the interpreter's end leaves finds this module empty
     outside = _numpy.enter(api, heap, parse_size(min_bytes), zeros)
     try:
         yield
     finally:
-        _numpy.leave(api, outside)
+        leave(api, outside)
 
 
 @functools.cache

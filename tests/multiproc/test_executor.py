@@ -109,6 +109,15 @@ def test_workers_are_replaced(make: Make) -> None:
     assert len(set(pids)) == 3
 
 
+def test_workers_that_are_spawned_end_without_a_word(
+    make: Make, heap: Heap, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter's end leaves the block in which NumPy's arrays lie in the heap."""
+    with make(1, "spawn", initializer=work.remember, initargs=(heap.zeros(10),)) as executor:
+        assert executor.submit(work.ones, N).result()[0] == 1
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("error", "named"),
     [
