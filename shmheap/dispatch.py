@@ -69,6 +69,10 @@ HINTS = (
     "%d bytes of a result were copied into the heap. What lies there is not copied: write it into "
     "an array that was an argument, or have NumPy make it, in a pool with allocator=True",
 )
+WHY_NOT_READY = (
+    "Its stderr says why. Where workers are spawned they import the main module, whose own work "
+    '(such as making this pool) must stand under `if __name__ == "__main__":`'
+)
 
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
@@ -442,8 +446,9 @@ class Dispatcher:
     def _still(self, end: str) -> None:
         self._stillborn += 1
         if self._stillborn > self._processes:
+            why = f"workers end before they can work; the last one {end}. {WHY_NOT_READY}"
             with self._state:
-                self._break(f"workers end before they can work; the last one {end}")
+                self._break(why)
             self._lose_waiting()
 
     def _break(self, why: str) -> None:
