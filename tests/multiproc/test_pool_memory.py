@@ -141,6 +141,48 @@ def test_views_of_bytes(pool: Pool) -> None:
             pool.apply(work.same, (bad,))
 
 
+def test_arrow_tables(pool: Pool, heap: Heap) -> None:
+    """Columns that Arrow made are copied once; those that lie in the heap come and go by handle."""
+    pa = pytest.importorskip("pyarrow")
+    names = pa.array([f"name {n % 7}" for n in range(N)])
+    table = pa.table({"n": np.arange(N), "name": names})
+    half = pool.apply(work.upper_half, (table,))
+    assert half.equals(table.slice(N // 2))
+    copied = pool.stats()
+    assert table.nbytes <= copied.arguments.copied_bytes <= table.nbytes * 1.01
+    assert (copied.arguments.handle_bytes, copied.results.copied_bytes) == (0, 0)
+    assert half.nbytes <= copied.results.handle_bytes
+
+    shared = heap.array(np.arange(N))
+    there = pa.table({"n": pa.array(shared)})
+    back = pool.apply(work.upper_half, (there,))
+    assert pool.stats().arguments.copied_bytes == copied.arguments.copied_bytes
+    assert pool.stats().results.copied_bytes == 0
+    shared[-1] = 0
+    assert back["n"][-1].as_py() == 0  # the same memory
+    del half, shared, there, back
+
+
+def test_objects_with_arrays_in_them(pool: Pool, heap: Heap) -> None:
+    """A dataclass of one array in the heap, one of NumPy's own, and a frame."""
+    pd = pytest.importorskip("pandas")
+    shared, own = heap.zeros((100, N // 100)), np.arange(N)
+    about = pd.DataFrame({"mean": np.ones(N), "kind": pd.Categorical(["a", "b"] * (N // 2))})
+    back = pool.apply(work.brighter, (work.Batch(shared, {"class": own}, about),))
+    assert (shared == 1).all()
+    assert (back.pixels == 2).all()
+    assert (back.labels["class"] == own).all()
+    assert (about["mean"].sum(), back.about["mean"].sum()) == (N, 2 * N)
+    assert (back.about["kind"] == about["kind"]).all()
+    stats = pool.stats()
+    assert stats.arguments.handle_bytes == shared.nbytes
+    frame_bytes = N * 8 + N  # a category is a byte
+    assert stats.arguments.copied_bytes == own.nbytes + frame_bytes
+    assert stats.results.handle_bytes == shared.nbytes + own.nbytes + frame_bytes
+    assert stats.results.copied_bytes == 0
+    del shared, back
+
+
 def test_memory_of_arguments_ends_with_the_task(pool: Pool, heap: Heap) -> None:
     pool.map(work.total, [np.ones(N) for _ in range(20)], 1)
     for _ in range(4):

@@ -8,13 +8,18 @@ import signal
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 import shmheap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
 
 PATIENCE_S = 60.0
 """Bounds how long a broken test hangs, and decides no test's outcome."""
@@ -148,6 +153,26 @@ def try_to_write(array: NDArray[Any]) -> str:
     except ValueError as error:
         return str(error)
     return "written"
+
+
+@dataclass
+class Batch:
+    """What a program has of its own, with arrays somewhere in it."""
+
+    pixels: NDArray[Any]
+    labels: dict[str, NDArray[Any]]
+    about: pd.DataFrame
+
+
+def brighter(batch: Batch) -> Batch:
+    batch.pixels += 1
+    batch.about["mean"] *= 2
+    return Batch(batch.pixels * 2, batch.labels, batch.about)
+
+
+def upper_half(table: pa.Table) -> pa.Table:
+    """A view of it."""
+    return table.slice(table.num_rows // 2)
 
 
 def reversed_bytes(data: Any) -> Any:
