@@ -39,7 +39,7 @@ import posix_ipc
 
 from shmheap import _core, arena, block, values
 from shmheap._core import Block, DictBase, ListBase
-from shmheap.arrays import ArrayHeap
+from shmheap.arrays import ArrayHeap, block_under
 from shmheap.config import Config, parse_size
 from shmheap.containers import SharedDict, SharedList
 from shmheap.coordinator import ASK_GC, ASK_SCAVENGE_AGED, ASK_SCAVENGE_ALL, WANT_MEMORY
@@ -59,6 +59,8 @@ from shmheap.stats import GCReport, HeapStats, ScavengeReport
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from numpy.typing import NDArray
 
     from shmheap.values import AnyCodec
 
@@ -447,22 +449,35 @@ class Heap(ArrayHeap):
                 + f"\n`shmheap verify --deep {self.name}` says what that means and what to do"
             )
 
-    def holders(self, block: Block | DictBase | ListBase) -> tuple[Holder, ...]:
+    def holders(self, block: Block | DictBase | ListBase | NDArray[Any]) -> tuple[Holder, ...]:
         """Return who keeps a block alive: names, processes by their handles, leases, other blocks.
 
         Args:
-            block: One of this heap, or a shared dict or list. Its handle here is among those who
-                keep it alive.
+            block: One of this heap, a shared dict or list, or an array that lies in the heap. Its
+                handle here is among those who keep it alive.
 
-        Raises StaleHandle if the handle was freed, and ValueError if the block is another heap's.
+        Raises StaleHandle if the handle was freed, ValueError if it is another heap's or lies in
+        none, and TypeError for anything else.
         Cost: a pass over the heap, and one more for each level of blocks between this one and the
         nearest name.
         """
-        held = block if isinstance(block, Block) else block._block
-        if held._nonce != self.nonce:
-            raise ValueError("the block is another heap's")
-        offset = held.offset
+        offset = self._offset_of(block)
         return find_holders(self, [offset])[offset]
+
+    def _offset_of(self, held: Block | DictBase | ListBase | NDArray[Any]) -> int:
+        if isinstance(held, (Block, DictBase, ListBase)):
+            block: Block | None = held if isinstance(held, Block) else held._block
+        elif hasattr(held, "__array_interface__"):
+            block = block_under(held, self)
+        else:
+            raise TypeError(
+                f"it needs a Block, a shared dict or list, or an array, not {type(held).__name__!r}"
+            )
+        if block is None:
+            raise ValueError("the array does not lie in this heap")
+        if block._nonce != self.nonce:
+            raise ValueError("the block is another heap's")
+        return block.offset
 
     # Ending
 

@@ -111,6 +111,19 @@ def test_several_blocks_are_asked_about_at_once(heap: Heap) -> None:
     }
 
 
+def test_an_array_is_as_its_block(heap: Heap) -> None:
+    np = pytest.importorskip("numpy")
+    array = heap.roots["a"] = heap.zeros((100, 100))
+    for view in (array, array.T, array[::2, ::-3]):
+        mine, named = heap.holders(view)
+        assert (mine.kind, mine.count) == ("pin", 1)
+        assert named.path[0] == "root 'a'"
+    with pytest.raises(ValueError, match="does not lie in this heap"):
+        heap.holders(np.ones(3))
+    with pytest.raises(TypeError, match="not 'list'"):
+        heap.holders([1.0])  # type: ignore[arg-type]
+
+
 def test_what_is_no_handle_of_the_heap_is_refused(heap: Heap) -> None:
     block = heap.put(b"x")
     with Heap.create(capacity="8MiB") as other, pytest.raises(ValueError, match="another heap"):
