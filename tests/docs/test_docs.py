@@ -267,3 +267,13 @@ def test_the_set_up_commands_stand_alone_on_a_line(command: str) -> None:
 def test_the_first_example_has_eight_lines() -> None:
     code = next(examples(ROOT / "README.md")).code
     assert sum(bool(line.strip()) for line in code.splitlines()) == 8
+
+
+def test_the_figures_of_pools_are_those_of_the_benchmark() -> None:
+    measured = (DOCS / "reference/bench.md").read_text().partition("ms, an array there and one")[2]
+    ours = re.search(r"^\| shmheap, heap arrays \|.* ([\d.,]+) \|$", measured, re.MULTILINE)
+    theirs = re.search(r"^\| Pool \|.* ([\d.,]+) \|$", measured, re.MULTILINE)
+    assert ours
+    assert theirs
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"take {ours[1]} ms, with `multiprocessing.Pool` {theirs[1]} ms" in said
