@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shmheap import arrays
 from shmheap.block import Block, Lease, rebuild
 from shmheap.errors import HeapError, HeapFull
-from shmheap.heap import ask_open_heaps
+from shmheap.heap import Heap, ask_open_heaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Buffer
-
-    from shmheap.heap import Heap
 
     T = TypeVar("T")
 
@@ -147,6 +145,10 @@ class Packer:
     ) -> None:
         if min_bytes < 1:
             raise ValueError(f"min_bytes is at least 1, not {min_bytes}")
+        if not isinstance(heap, Heap):
+            raise TypeError(f"heap is a shmheap.Heap or None, not {type(heap).__name__!r}")
+        if heap.closed:
+            raise ValueError("the heap is closed")
         self.heap = heap
         self.min_bytes = min_bytes
         self.strict = strict

@@ -18,7 +18,7 @@ import pool_work as work
 import pytest
 
 import shmheap
-from shmheap import Heap, HeapFull, Pool, PoolStats, readonly
+from shmheap import Heap, HeapFull, Pool, PoolStats, ProcessPoolExecutor, readonly
 from shmheap.plugins.numpy import allocator
 
 METHODS = ("fork", "spawn", "forkserver")
@@ -291,6 +291,16 @@ def test_a_heap_that_was_given_stays(make: MakePool, heap: Heap) -> None:
     assert pool.heap is heap
     assert not heap.closed
     assert not is_unlinked(heap)
+
+
+@pytest.mark.parametrize("kind", [Pool, ProcessPoolExecutor])
+def test_what_is_no_open_heap_is_refused(kind: type[Pool | ProcessPoolExecutor]) -> None:
+    with pytest.raises(TypeError, match=r"shmheap.Heap or None, not 'str'"):
+        kind(1, heap="a name")  # type: ignore[arg-type]
+    with Heap.create(capacity="8MiB") as heap:
+        heap.unlink()
+    with pytest.raises(ValueError, match="the heap is closed"):
+        kind(1, heap=heap)
 
 
 def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
