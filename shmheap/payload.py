@@ -26,7 +26,7 @@ import sys
 import warnings
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from shmheap import arrays
 from shmheap.block import Block, Lease, rebuild
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
+    A = TypeVar("A", bound=NDArray[Any])
     T = TypeVar("T")
 
 __all__ = [
@@ -467,6 +468,10 @@ def release_all(leases: Iterable[Lease]) -> None:
 # Views
 
 
+@overload
+def readonly(value: A) -> A: ...
+@overload
+def readonly(value: Buffer) -> memoryview: ...
 def readonly(value: Any) -> Any:
     """Return a view of an array, or of anything bytes-like, through which nobody writes.
 
