@@ -108,6 +108,16 @@ def test_public_members_are_in_the_reference(cls: type) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("cls", [shmheap.Pool, shmheap.ProcessPoolExecutor])
+def test_parameters_and_members_of_pools_are_in_the_reference(cls: type) -> None:
+    """Those that the standard library's have not."""
+    section = (DOCS / "reference/api.md").read_text().partition("\n## Pools")[2]
+    [theirs] = cls.__bases__
+    own = {name for name in vars(cls) if not name.startswith("_")} - set(dir(theirs))
+    own |= inspect.signature(cls).parameters.keys()
+    assert {name for name in own if not re.search(rf"\b{name}\b", section)} == set()
+
+
 CALLS = [shmheap.open, shmheap.unlink]
 CALLS += [
     getattr(cls, name)
@@ -127,7 +137,15 @@ def test_docstrings_say_how_to_call_and_what_it_costs(call: Callable[..., object
 
 @pytest.mark.parametrize(
     "cls",
-    [shmheap.Config, shmheap.HeapStats, shmheap.GCReport, shmheap.Holder, shmheap.ScavengeReport],
+    [
+        shmheap.Config,
+        shmheap.HeapStats,
+        shmheap.GCReport,
+        shmheap.Holder,
+        shmheap.ScavengeReport,
+        shmheap.PoolStats,
+        shmheap.Traffic,
+    ],
 )
 def test_fields_are_in_the_reference(cls: type) -> None:
     missing = {f.name for f in dataclasses.fields(cls) if f"`{f.name}`" not in REFERENCE}

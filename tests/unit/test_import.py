@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import shmheap
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,3 +42,18 @@ def test_the_source_without_its_core_says_where_that_is(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text((ROOT / "shmheap/__init__.py").read_text())
     assert said("0", "-S", cwd=tmp_path).startswith(f"ImportError: {package} is shmheap's source")
+
+
+def test_what_is_imported_when_asked_for_is_listed() -> None:
+    """Shells complete names by it."""
+    code = "import shmheap; print('shmheap.pool' in sys.modules, *dir(shmheap))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"import sys; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    loaded, *names = done.stdout.split()
+    assert loaded == "False"
+    assert set(shmheap.__all__) <= set(names)
