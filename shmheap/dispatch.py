@@ -506,6 +506,7 @@ class Dispatcher:
             os.close(self._wake)
             self._wake = -1
         self._poll.close()
+        self._handlers.clear()  # they refer to this: it would keep what it has until a collection
 
     # What it needs
 

@@ -284,6 +284,23 @@ def test_a_heap_of_its_own_ends_with_the_pool(end: str) -> None:
     assert shared.tolist() == [5] * 10
 
 
+def test_an_ended_pool_needs_no_garbage_collection(heap: Heap) -> None:
+    """Its pipes are closed when it is dropped, not when one has made so many pools."""
+    pool = Pool(2, heap=heap)
+    pool.map(work.square, range(10))
+    pool.terminate()
+    pool.join()
+    gc.collect()  # what the test runner has left
+    gc.disable()
+    try:
+        open_before, dispatcher = len(os.listdir("/proc/self/fd")), weakref.ref(pool._inqueue)
+        del pool
+        assert dispatcher() is None
+        assert len(os.listdir("/proc/self/fd")) <= open_before - 4
+    finally:
+        gc.enable()
+
+
 def test_a_heap_that_was_given_stays(make: MakePool, heap: Heap) -> None:
     pool = make()
     assert pool.heap is heap
