@@ -15,7 +15,6 @@ to other workers, and which task is lost, and fails.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import select
@@ -31,8 +30,8 @@ from typing import TYPE_CHECKING
 
 from shmheap.errors import HeapFull
 from shmheap.heap import Heap, temporary
-from shmheap.payload import NONE, Carried, Counts, Packer, Parcel, discard, unpack
-from shmheap.stats import PoolStats, Traffic
+from shmheap.payload import NONE, Carried, Packer, Parcel, discard, unpack
+from shmheap.tally import ARGUMENTS, RESULTS, Tally
 from shmheap.wires import (
     COUNT_BYTES,
     HEAD,
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
     from typing import Any
 
+    from shmheap.stats import PoolStats
+
 __all__ = ["Dispatcher"]
 
 FEW_TASKS = 32
@@ -59,16 +60,7 @@ average: the two threads take turns once for several tasks."""
 UNFAIR_S = 0.001
 """So long a worker may be idle while tasks wait for another one. Where tasks are shorter, looking
 for them costs more than waiting for the next."""
-LARGE_BYTES = 1 << 20
-"""A copy of so many bytes is worth a hint."""
 
-LOG = logging.getLogger("shmheap")
-HINTS = (
-    "%d bytes of an argument were copied into the heap. What lies there is not copied: make it "
-    "with pool.heap.empty() or pool.heap.put(), or with shmheap.plugins.numpy.allocator(pool.heap)",
-    "%d bytes of a result were copied into the heap. What lies there is not copied: write it into "
-    "an array that was an argument, or have NumPy make it, in a pool with allocator=True",
-)
 WHY_NOT_READY = (
     "Its stderr says why. Where workers are spawned they import the main module, whose own work "
     '(such as making this pool) must stand under `if __name__ == "__main__":`'
@@ -141,7 +133,7 @@ class Dispatcher:
         self._unfair_since = math.inf
         """Since when a worker is idle while tasks wait for another one."""
         # Of all threads: one operation at a time is one for everybody.
-        self._tally = _Tally()
+        self._tally = Tally()
         self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], object]] = {}
         self._wake = os.eventfd(0)
@@ -162,7 +154,7 @@ class Dispatcher:
         task = Task(job, place, self._pack(tuple(rest)))
         self._tally.tasks += 1
         if task.parcel.counts is not NONE:
-            self._tally.add(0, task.parcel.counts)
+            self._tally.add(ARGUMENTS, task.parcel.counts)
         while True:
             seen = self._events
             with self._pipes:
@@ -275,7 +267,7 @@ class Dispatcher:
             with self._pipes:
                 self._hang_up(channel)
         if counts is not NONE:
-            self._tally.add(1, counts)
+            self._tally.add(RESULTS, counts)
         return *head_of(frame), outcome
 
     def _receive(self, channel: Channel) -> bool:
@@ -529,25 +521,6 @@ class Dispatcher:
         if self._handlers.pop(fd, None) is not None:
             with suppress(OSError):
                 self._poll.unregister(fd)
-
-
-class _Tally:
-    """Counts what became of buffers, and gives a hint at the first large copy."""
-
-    def __init__(self) -> None:
-        self._sums = [0] * len(NONE), [0] * len(NONE)
-        self._hinted = False
-        self.tasks = self.lost = 0
-
-    def add(self, direction: int, counts: Counts) -> None:
-        self._sums[direction][:] = map(sum, zip(self._sums[direction], counts, strict=True))
-        if counts.copied_bytes >= LARGE_BYTES and not self._hinted:
-            self._hinted = True
-            LOG.info(HINTS[direction], counts.copied_bytes)
-
-    def stats(self) -> PoolStats:
-        arguments, results = (Traffic(**Counts(*sums)._asdict()) for sums in self._sums)
-        return PoolStats(arguments=arguments, results=results, tasks=self.tasks, lost=self.lost)
 
 
 def how_it_ended(channel: Channel) -> str:

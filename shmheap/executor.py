@@ -11,17 +11,22 @@ Only its public interface is used: pickle asks Call and Outcome what they are ma
 from __future__ import annotations
 
 import concurrent.futures
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from shmheap.config import parse_size
 from shmheap.heap import Heap, temporary
-from shmheap.payload import MIN_BYTES, Carried, Packer, Parcel, unpack
+from shmheap.payload import MIN_BYTES, NONE, Carried, Packer, Parcel, unpack
+from shmheap.tally import ARGUMENTS, RESULTS, Tally
 from shmheap.wires import Allocation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
     from multiprocessing.context import BaseContext
+
+    from shmheap.stats import PoolStats
 
 __all__ = ["ProcessPoolExecutor"]
 
@@ -68,7 +73,9 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         packer = Packer(heap or temporary(), parse_size(min_bytes), strict=strict)
-        self._terms = _Terms(packer, allocator, initializer, initargs)
+        self._tally = Tally()
+        _tallies[id(self._tally)] = self._tally
+        self._terms = _Terms(packer, allocator, initializer, initargs, id(self._tally))
         self._own = heap is None
         super().__init__(
             max_workers, mp_context, _start, (self._terms,), max_tasks_per_child=max_tasks_per_child
@@ -81,9 +88,13 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
             raise ValueError("the executor was shut down, and the heap that it made with it")
         return self._terms.packer.heap
 
+    def stats(self) -> PoolStats:
+        """Return what became of the buffers of arguments and results so far. Cost: O(1)."""
+        return self._tally.stats()
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a worker call fn(*args, **kwargs); see concurrent.futures."""
-        call = _Call(self._terms, (fn, args, kwargs))
+        call = _Call(self._terms, self._tally, (fn, args, kwargs))
         future: Future[T] = super().submit(_run, call)  # type: ignore[arg-type]
         future.add_done_callback(call.end)
         return future
@@ -113,18 +124,22 @@ class _Terms:
         allocator: bool,
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
+        tally: int,
     ) -> None:
         self.packer: Packer | None = packer
         self.allocator = allocator
         self.initializer = initializer
         self.initargs = Carried(initargs, packer)
+        self.tally = tally
+        """Whose results they are: the id() of their executor's."""
 
 
 class _Call:
     """A call on its way, and what its arguments hold until it has ended."""
 
-    def __init__(self, terms: _Terms, call: tuple[Any, ...]) -> None:
+    def __init__(self, terms: _Terms, tally: Tally, call: tuple[Any, ...]) -> None:
         self._terms = terms
+        self._tally = tally
         self._call: tuple[Any, ...] | None = call
         """None: it has ended."""
         self._parcel: Parcel | None = None
@@ -132,15 +147,20 @@ class _Call:
     def __reduce__(self) -> tuple[type[_Arrived], tuple[bytes]]:
         assert self._terms.packer is not None, "it is there until all calls have ended"
         self._parcel = parcel = self._terms.packer.pack(self._call)
+        self._tally.tasks += 1
+        if parcel.counts is not NONE:
+            self._tally.add(ARGUMENTS, parcel.counts)
         if self._call is None:  # it has ended meanwhile
             parcel.release()
         return _Arrived, (parcel.body,)
 
-    def end(self, _future: object) -> None:
+    def end(self, future: Future[Any]) -> None:
         self._call = None  # the future keeps us, and would keep the arguments
         if self._parcel is not None:
             self._parcel.release()
             self._parcel = None
+            if not future.cancelled() and isinstance(future.exception(), BrokenProcessPool):
+                self._tally.lost += 1
 
 
 class _Arrived(NamedTuple):
@@ -152,34 +172,44 @@ class _Arrived(NamedTuple):
 class _Outcome:
     """A result on its way: there is none at either end."""
 
-    def __init__(self, value: Any, packer: Packer) -> None:
+    def __init__(self, value: Any, terms: _Terms) -> None:
         self._value = value
-        self._packer = packer
+        self._terms = terms
 
-    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return _opened, (self._packer.pack(self._value).body,)
+    def __reduce__(self) -> tuple[Callable[[bytes, int], Any], tuple[bytes, int]]:
+        assert self._terms.packer is not None, "a worker keeps it"
+        return _opened, (self._terms.packer.pack(self._value).body, self._terms.tally)
 
 
-def _opened(body: bytes) -> Any:
-    return unpack(body)[0]
+_tallies: WeakValueDictionary[int, Tally] = WeakValueDictionary()
+"""Those of the executors of this process."""
+
+
+def _opened(body: bytes, whose: int) -> Any:
+    value, counts = unpack(body)
+    tally = _tallies.get(whose)
+    if tally is not None and counts is not NONE:
+        tally.add(RESULTS, counts)
+    return value
 
 
 # In a worker
 
-_allocation: list[Allocation] = []
-"""The worker's."""
+_worker: list[tuple[_Terms, Allocation]] = []
+"""What this one was told, and what it allocates by."""
 
 
 def _start(terms: _Terms) -> None:
     """A worker's initializer."""
     assert terms.packer is not None
     terms.packer.views = False  # what it packs are results
-    _allocation[:] = [Allocation(terms.packer, terms.allocator)]
+    _worker[:] = [(terms, Allocation(terms.packer, terms.allocator))]
     if terms.initializer is not None:
         terms.initializer(*terms.initargs.value)
 
 
 def _run(arrived: _Arrived) -> _Outcome:
-    fn, args, kwargs = _opened(arrived.body)
-    _allocation[0].begin()
-    return _Outcome(fn(*args, **kwargs), _allocation[0].packer)
+    terms, allocation = _worker[0]
+    (fn, args, kwargs), _ = unpack(arrived.body)
+    allocation.begin()
+    return _Outcome(fn(*args, **kwargs), terms)

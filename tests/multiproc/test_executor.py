@@ -15,13 +15,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pool_work as work
 import pytest
 
-from shmheap import Heap, HeapFull, ProcessPoolExecutor, StaleHandle, readonly
+from shmheap import (
+    Heap,
+    HeapFull,
+    PoolStats,
+    ProcessPoolExecutor,
+    StaleHandle,
+    Traffic,
+    readonly,
+)
 
 METHODS = ("fork", "spawn", "forkserver")
 N = 50_000
@@ -219,6 +227,37 @@ def test_who_keeps_the_future_does_not_keep_the_arguments(
     executor.submit(len, ()).result(work.PATIENCE_S)  # for its threads have their last one still
     gc.collect()
     assert kept() is None
+
+
+@ours
+@pytest.mark.parametrize("method", METHODS)
+def test_stats(make: Make, heap: Heap, method: str) -> None:
+    executor = cast("ProcessPoolExecutor", make(1, method, min_bytes="8KiB"))
+    shared = heap.full(2000, 1.0)
+    sent = [shared, np.ones(2000), np.ones(10)]
+    executor.submit(work.total_of_list, sent).result()
+    assert executor.submit(work.ones, 3000).result().size == 3000
+    assert executor.stats() == PoolStats(
+        arguments=Traffic(
+            handle_bytes=16_000, copied_bytes=16_000, small_buffers=1, small_bytes=80
+        ),
+        results=Traffic(handle_bytes=24_000),
+        tasks=2,
+        lost=0,
+    )
+    with pytest.raises(BrokenProcessPool):
+        executor.submit(os._exit, 1).result()
+    assert executor.stats().lost == 1
+    del shared, sent
+
+
+@ours
+def test_the_first_large_copy_is_told_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    large = np.ones(1 << 17)
+    with caplog.at_level(logging.INFO, "shmheap"):
+        list(make().map(work.total, [large] * 3))
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        assert "1048576 bytes of an argument" in caplog.text
 
 
 @ours

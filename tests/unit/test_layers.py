@@ -31,7 +31,7 @@ PYTHON_FLOORS = (
     ("values", "roots", "holders", "containers", "coordinator", "verify"),
     ("heap",),
     ("cache", "payload", "plugins", "plugins/numpy", "plugins/_numpy", "testing", "progress"),
-    ("forking", "wires"),
+    ("forking", "tally", "wires"),
     ("dispatch",),
     ("pool", "executor"),
     ("plugins/joblib",),
