@@ -11,18 +11,16 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from shmheap.config import parse_size
+from shmheap.payload import MIN_BYTES
 from shmheap.plugins import _numpy
 
 if TYPE_CHECKING:
     from shmheap.heap import Heap
 
-__all__ = ["MIN_BYTES", "allocator"]
-
-MIN_BYTES: Final = 64 << 10
-"""Smaller arrays are copied as fast as they are shared, and NumPy keeps memory for many at hand."""
+__all__ = ["allocator"]
 
 
 @contextlib.contextmanager
@@ -39,7 +37,7 @@ def allocator(
 
     Args:
         heap: Where they are to lie.
-        min_bytes: Smaller arrays are made as outside the block.
+        min_bytes: Smaller arrays are made as outside the block; pools do not copy them to a heap.
         zeros: Whether this is also for what NumPy asks for zeroed. That is numpy.zeros, and every
             array of objects: do not fork then while such arrays live, for parent and child would
             share pointers.

@@ -31,7 +31,7 @@ from rich.table import Table
 
 import shmheap
 
-SIZES = (8, KIB, 32 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB)
+SIZES = (8, KIB, 16 * KIB, 64 * KIB, MIB, 16 * MIB, 256 * MIB)
 OWN, INSIDE, MADE = "numpy.empty", "in the block", "heap.empty"
 
 
@@ -76,7 +76,7 @@ class Arrays:
 
 
 def _rows(arrays: Result) -> Iterator[Row]:
-    for nbytes in (8, KIB, 32 * KIB):
+    for nbytes in (8, KIB, 16 * KIB):
         what = f"{size_text(nbytes)}, too small for the heap: in the block / outside"
         yield Row(what, arrays[str(nbytes)]["ratio"], 1.1, 1.0)
     largest = max(arrays, key=int)
