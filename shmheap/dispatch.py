@@ -6,8 +6,8 @@
     get: wait for any of them <---------- result ---------- put: pack
 
 Small tasks are queued ahead in a worker's pipe, so that it need not wait for this process. None
-waits there while another worker is idle: that one is given what the first has not read yet. Tasks
-that hold much memory wait here, packed one at a time, for an idle worker.
+waits there for long while another worker is idle: that one is given half of what the first has not
+read yet. Tasks that hold much memory wait here, packed one at a time, for an idle worker.
 
 Each worker counts in the heap the tasks that it has begun with. When one dies, that tells what goes
 to other workers, and which task is lost, and fails.
