@@ -248,6 +248,7 @@ class Pool(multiprocessing.pool.Pool):
         inqueue.close()
         while not taskqueue.empty():  # who keeps the pool need not keep arguments
             taskqueue.get()
+        taskqueue.put(None)  # that was for the thread of tasks, if it is this one: it ends now
 
 
 def _logged(callback: Callable[[T], object] | None) -> Callable[[T], object] | None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -299,6 +300,24 @@ def test_an_ended_pool_needs_no_garbage_collection(heap: Heap) -> None:
         assert len(os.listdir("/proc/self/fd")) <= open_before - 4
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed running multiprocessing pool:ResourceWarning")
+def test_a_pool_that_its_thread_of_tasks_is_the_last_to_know() -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+        forgotten.wait(work.PATIENCE_S)
+
+    forgotten = threading.Event()
+    pool = Pool(1)
+    thread = pool._task_handler  # type: ignore[attr-defined]
+    results = pool.imap(work.same, numbers())
+    assert next(results) == 1
+    del pool, results
+    gc.collect()
+    forgotten.set()
+    thread.join(work.PATIENCE_S)
+    assert not thread.is_alive()
 
 
 def test_a_heap_that_was_given_stays(make: MakePool, heap: Heap) -> None:
