@@ -76,6 +76,7 @@ class Pool(multiprocessing.pool.Pool):
     _change_notifier: Any
     _worker_handler: Any
     _cache: Any
+    _processes: int
 
     _new_packer: Callable[..., Packer] = Packer
     """For one that pickles otherwise."""
@@ -194,8 +195,11 @@ class Pool(multiprocessing.pool.Pool):
         callback: Any = None,
         error_callback: Any = None,
     ) -> Any:
+        items = iterable if isinstance(iterable, Sized) else list(iterable)
+        if chunksize is None:  # not by how many workers there are: none, where all just died
+            chunksize = -(-len(items) // (self._processes * 4))
         callbacks = _logged(callback), _logged(error_callback)
-        return super()._map_async(func, iterable, mapper, chunksize, *callbacks)  # type: ignore[misc]
+        return super()._map_async(func, items, mapper, chunksize, *callbacks)  # type: ignore[misc]
 
     def join(self) -> None:
         """Wait for the workers' end, after close() or terminate()."""

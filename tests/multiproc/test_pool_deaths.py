@@ -113,6 +113,13 @@ def test_an_idle_worker_that_dies_is_nobodys_loss(pool: Pool) -> None:
     assert pool.stats().lost == 0
 
 
+def test_a_map_while_there_are_no_workers(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have died, and none was started yet: chunks are those of a pool of that size."""
+    monkeypatch.setattr(pool, "_pool", [])
+    assert pool.map_async(work.square, range(10)).get(work.PATIENCE_S) == [n * n for n in range(10)]
+    monkeypatch.undo()
+
+
 def test_what_waits_behind_the_task_goes_to_others(make: MakePool) -> None:
     pool = make(1)
     result, _, pid = busy(pool)
