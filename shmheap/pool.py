@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Sized
 from functools import partial
-from multiprocessing.pool import CLOSE, RUN
+from multiprocessing.pool import CLOSE, RUN, TERMINATE
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,6 +74,8 @@ class Pool(multiprocessing.pool.Pool):
     _quick_put: Any
     _quick_get: Any
     _change_notifier: Any
+    _taskqueue: Any
+    _pool: list[BaseProcess]
     _worker_handler: Any
     _cache: Any
     _processes: int
@@ -98,12 +100,30 @@ class Pool(multiprocessing.pool.Pool):
         try:
             super().__init__(processes, initializer, initargs, maxtasksperchild, context)
         except BaseException:
-            if hasattr(self, "_inqueue"):
-                self._inqueue.close()
+            self._abandon()
             raise
         tell = partial(_tell_if_it_ends, self._worker_handler, self._change_notifier)
         self._cache.notifier = SimpleNamespace(put=tell)
         _pools.add(self)
+
+    def _abandon(self) -> None:
+        """End what runs of a pool whose making failed, or was interrupted at any point."""
+        named = (getattr(self, f"_{name}_handler", None) for name in ("worker", "task", "result"))
+        threads = [thread for thread in named if thread is not None and thread.ident is not None]
+        if threads:
+            for thread in threads:
+                thread._state = TERMINATE
+            self._inqueue.stop()
+            self._inqueue.wake()
+            self._change_notifier.put(None)
+            self._taskqueue.put(None)
+            for thread in threads:
+                thread.join()
+            for process in self._pool:
+                process.terminate()
+                process.join()
+        if hasattr(self, "_inqueue"):
+            self._inqueue.close()
 
     @property
     def heap(self) -> Heap:

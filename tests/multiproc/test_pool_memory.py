@@ -355,6 +355,25 @@ def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(map(os.path.exists, made))
 
 
+@pytest.mark.parametrize("working", [0, 1, 2])
+def test_ctrl_c_while_a_pool_is_made(working: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each of its threads starts, when its workers run already."""
+    start, made = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        made.append(thread)
+        if len(made) > working:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Pool(2)
+    monkeypatch.undo()
+    assert not any(thread.is_alive() for thread in made)
+    assert multiprocessing.active_children() == []
+
+
 # A heap that is full
 
 
