@@ -35,7 +35,7 @@ def failures(found: Any) -> list[str]:
 
 
 def test_every_death_of_a_share_is_survived() -> None:
-    found = run_tool("--share", "1/200", "--doubles", "0", "--kills", "0")
+    found = run_tool("--share", "1/400", "--doubles", "0", "--kills", "0")
     total = found["total"]
     assert failures(found) == []
     assert found["ok"]
