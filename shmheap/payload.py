@@ -207,7 +207,7 @@ class Packing:
         self.packer = packer
         self.strict = False
         self.written = Pieces()
-        self.reducers = copyreg.dispatch_table.copy(), EXTRA.copy(), "numpy" in sys.modules
+        self.reducers = EXTRA.copy(), "numpy" in sys.modules
         self.pickler: pickle.Pickler | None = packer.pickler(self.written, self)
         self.leases: list[Lease] = []
         self.buffers: list[tuple[Any, ...]] = []
@@ -220,7 +220,7 @@ class Packing:
 
     def knows_all_reducers(self) -> bool:
         """Whether there are still those of which its pickler's table was made."""
-        return self.reducers == (copyreg.dispatch_table, EXTRA, "numpy" in sys.modules)
+        return self.reducers == (EXTRA, "numpy" in sys.modules)
 
     def pack(self, value: object) -> Parcel:
         """Return it as a parcel."""
@@ -372,9 +372,15 @@ class _Pickler(ForkingPickler):
         self.dispatch_table = reducers(packing)
 
 
+class _Reducers(dict[type, Any]):
+    """A table over that of copyreg: asked in C, and not copied, for some packages fill it."""
+
+    __missing__ = staticmethod(copyreg.dispatch_table.__getitem__)
+
+
 def reducers(packing: Packing) -> dict[type, Callable[[Any], Any]]:
     """Return what a pickler is to do with which types: multiprocessing's way, or ours."""
-    table = {**copyreg.dispatch_table, **EXTRA}
+    table = _Reducers(EXTRA)
     table[Block] = packing.block
     table[memoryview] = packing.view
     if (numpy := sys.modules.get("numpy")) is not None:
