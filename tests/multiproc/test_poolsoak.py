@@ -27,7 +27,7 @@ import sys; sys.path.insert(0, {str(PLAYER.parent)!r})
 import poolsoak_player as player, poolsoak_values as values
 values.digest = lambda value, right=values.digest: right(value)[::-1]  # in workers that are forked
 player.METHODS = ("fork",)
-player.play(1, range(5), coordinators=False, out=1)
+player.play(1, range(5), killed=True, out=1)
 """
     argv = [sys.executable, "-P", "-c", wrong]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -115,15 +116,16 @@ class Round:
 
     Args:
         seed: of everything in it.
-        coordinators: whether they are killed, too.
+        killed: whether this process is to be killed. Then it has no executor, whose forked workers
+            outlive it, and no coordinator is killed: if all die together, the heap's file stays.
         say: takes what is to be told.
     """
 
-    def __init__(self, seed: str, coordinators: bool, say: Callable[..., None]) -> None:
+    def __init__(self, seed: str, killed: bool, say: Callable[..., None]) -> None:
         self.tally: Counter[str] = Counter()
         self._random = choose = random.Random(seed)
         self._say = say
-        self._is_executor = choose.random() < 0.3
+        self._is_executor = choose.random() < 0.3 and not killed
         self._method = choose.choice(METHODS)
         self._small = choose.random() < 0.15
         self._strict = choose.random() < 0.3
@@ -134,7 +136,7 @@ class Round:
         self._rate = 0 if self._is_executor else choose.choice([0, 0, 3, 30])
         self._own_heap = choose.random() < 0.2 and not self._small
         self._ending = choose.choice(["close", "close", "terminate", "with", "collect"])
-        self._coordinators = coordinators
+        self._coordinators = not killed
         self._heap: shmheap.Heap | None = None
         self._pool: Any = None
         self._numbers = itertools.count()
@@ -515,8 +517,18 @@ def none_left_open() -> Iterator[None]:
     )
 
 
-def play(seed: int, rounds: Iterable[int], *, coordinators: bool, out: int) -> None:
-    """Play rounds, one after the other; tell of each, and stop at the first that is wrong."""
+def play(
+    seed: int, rounds: Iterable[int], *, killed: bool, out: int, until_s: float | None = None
+) -> None:
+    """Play rounds, one after the other; tell of each, and stop at the first that is wrong.
+
+    Args:
+        seed: of all of them.
+        rounds: their numbers.
+        killed: whether this process is to be killed meanwhile.
+        out: the descriptor to which it is told.
+        until_s: when none begins any more, CLOCK_MONOTONIC; None: whenever.
+    """
 
     def say(**what: Any) -> None:
         os.write(out, json.dumps(what).encode() + b"\n")
@@ -524,11 +536,15 @@ def play(seed: int, rounds: Iterable[int], *, coordinators: bool, out: int) -> N
     faults: list[Any] = []
     threading.excepthook = faults.append
     sys.unraisablehook = faults.append
+    with suppress(ImportError):  # now: a child must not be forked while another thread imports it
+        importlib.import_module("pandas")
     forkserver.ensure_running()
     resource_tracker.ensure_running()
     for number in rounds:
+        if until_s is not None and time.monotonic() > until_s:
+            return
         faulthandler.dump_traceback_later(3 * HUNG_S, exit=True)
-        one = Round(f"{seed}/{number}", coordinators, say)
+        one = Round(f"{seed}/{number}", killed, say)
         say(round=number, terms=str(one))
         try:
             with none_left_open():
@@ -546,10 +562,13 @@ def main(argument: str) -> NoReturn:
     order = json.loads(argument)
     out = os.dup(sys.stdout.fileno())  # workers' prints go where errors go
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    rounds = itertools.count(order["first"])
-    if order["rounds"]:
-        rounds = range(order["first"], order["first"] + order["rounds"])  # type: ignore[assignment]
-    play(order["seed"], rounds, coordinators=order["coordinators"], out=out)
+    play(
+        order["seed"],
+        range(order["first"], order["first"] + order["rounds"]),
+        killed=order["killed"],
+        out=out,
+        until_s=order["until_s"],
+    )
     sys.exit()
 
 

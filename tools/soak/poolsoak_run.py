@@ -92,9 +92,9 @@ class PoolSoak:
         life_s = self._random.random() * LONGEST_LIFE_S if killed else float("inf")
         if self.plan.rounds:
             rounds = min(rounds, self.plan.first + self.plan.rounds - self._next)
-        # If all die together, who comes next removes the file, and not we (limits.md).
-        order = {"seed": self.plan.seed, "first": self._next, "rounds": rounds}
-        order["coordinators"] = not killed
+        order: dict[str, Any] = {"seed": self.plan.seed, "first": self._next, "rounds": rounds}
+        order["killed"] = killed
+        order["until_s"] = None if self.plan.rounds else self._until_s
         self._next += rounds
         self.tally.players += 1
         with tempfile.TemporaryFile() as errors:
@@ -123,6 +123,8 @@ class PoolSoak:
                 *lines, rest = (rest + read).split(b"\n")
                 for line in lines:
                     self._hear(json.loads(line))
+            elif player.poll() is not None:  # whoever it left may have that end of the pipe, too
+                return
             now_s = time.monotonic()
             if now_s > dies_at_s:
                 dies_at_s = float("inf")
@@ -131,8 +133,6 @@ class PoolSoak:
             elif now_s - heard_s > 4 * HUNG_S:
                 self._fail("the player hangs")
                 player.kill()
-            elif not self.plan.rounds and now_s > self._until_s + HUNG_S:
-                player.kill()  # it is over, whatever it still has to play
             yield
 
     def _hear(self, told: dict[str, Any]) -> None:

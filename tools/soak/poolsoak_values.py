@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.ma
 
 import shmheap
 from shmheap.payload import MIN_BYTES
