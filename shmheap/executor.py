@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from shmheap.config import parse_size
 from shmheap.heap import Heap, temporary
+from shmheap.lifeline import Lifeline, reading_end
 from shmheap.payload import MIN_BYTES, NONE, Carried, Packer, Parcel, unpack
 from shmheap.tally import ARGUMENTS, RESULTS, Tally
 from shmheap.wires import Allocation
@@ -130,6 +131,7 @@ class _Terms:
         self.allocator = allocator
         self.initializer = initializer
         self.initargs = Carried(initargs, packer)
+        self.lifeline = reading_end()
         self.tally = tally
         """Whose results they are: the id() of their executor's."""
 
@@ -195,21 +197,27 @@ def _opened(body: bytes, whose: int) -> Any:
 
 # In a worker
 
-_worker: list[tuple[_Terms, Allocation]] = []
-"""What this one was told, and what it allocates by."""
+_worker: list[tuple[_Terms, Allocation, Lifeline]] = []
+"""What this one was told, what it allocates by, and what it lives by."""
 
 
 def _start(terms: _Terms) -> None:
     """A worker's initializer."""
     assert terms.packer is not None
     terms.packer.views = False  # what it packs are results
-    _worker[:] = [(terms, Allocation(terms.packer, terms.allocator))]
+    lifeline = Lifeline(terms.lifeline)
+    _worker[:] = [(terms, Allocation(terms.packer, terms.allocator), lifeline)]
     if terms.initializer is not None:
         terms.initializer(*terms.initargs.value)
+    lifeline.idle()
 
 
 def _run(arrived: _Arrived) -> _Outcome:
-    terms, allocation = _worker[0]
-    (fn, args, kwargs), _ = unpack(arrived.body)
-    allocation.begin()
-    return _Outcome(fn(*args, **kwargs), terms)
+    terms, allocation, lifeline = _worker[0]
+    lifeline.busy()
+    try:
+        (fn, args, kwargs), _ = unpack(arrived.body)
+        allocation.begin()
+        return _Outcome(fn(*args, **kwargs), terms)
+    finally:
+        lifeline.idle()

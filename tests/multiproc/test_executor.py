@@ -10,11 +10,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -330,3 +333,48 @@ def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert made
     assert not any(map(os.path.exists, made))
+
+
+PARENT = """
+import multiprocessing, os, sys, shmheap, pool_work
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    executor = shmheap.ProcessPoolExecutor(2, context)
+    here, there = multiprocessing.Pipe()
+    executor.submit(pool_work.write_when_told, there, *sys.argv[2:])
+    busy = here.recv()
+    idle = executor.submit(os.getpid).result()
+    other = os.fork()  # which has all that we have, and lives on
+    if other == 0:
+        sys.stdin.read()
+        os._exit(0)
+    executor.heap.gc()  # so that the coordinator is there
+    coordinator = shmheap._core.Observer(executor.heap._fileno()).header()["coordinator_pid"]
+    print(executor.heap._path, busy, idle, coordinator, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_end_when_their_parent_is_killed(method: str, tmp_path: Path) -> None:
+    """One is idle; the other one finishes its task first."""
+    script, fifo, marker = (tmp_path / name for name in ("parent.py", "fifo", "marker"))
+    script.write_text(PARENT)
+    os.mkfifo(fifo)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", script, method, fifo, marker],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(work.__file__)},
+    ) as parent:
+        assert parent.stdout is not None
+        path, busy, idle, coordinator = parent.stdout.readline().split()
+        parent.kill()
+        work.gone(int(idle))
+        assert not marker.exists()
+        fifo.write_text("go on")
+        work.gone(int(busy))
+        assert marker.exists()
+    work.gone(int(coordinator))
+    assert not os.path.exists(path)

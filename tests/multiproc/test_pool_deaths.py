@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -53,16 +53,6 @@ def assert_empty(heap: Heap) -> None:
     heap.gc()
     stats = heap.stats()
     assert (stats.leases, stats.heap_objects) == (0, 0)
-
-
-def gone(pid: int) -> None:
-    """Return once that process is dead."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    assert wait([fd], work.PATIENCE_S)
-    os.close(fd)
 
 
 def busy(pool: Pool) -> tuple[Any, Connection, int]:
@@ -279,7 +269,7 @@ def test_workers_that_cannot_be_replaced(pool: Pool, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as no_fork:
         no_fork.setattr(os, "fork", lambda: work.raise_error(BlockingIOError("no process")))
         os.kill(first, signal.SIGKILL)
-        gone(first)
+        work.gone(first)
         assert pool.map(work.square, range(50), 1) == [n * n for n in range(50)], "by the other one"
         os.kill(second, signal.SIGKILL)
         with pytest.raises(BrokenProcessPool, match="no process"):
@@ -332,6 +322,6 @@ def test_the_parent_ends(method: str, end: str, tmp_path: Any) -> None:
             parent.kill()
         parent.wait(work.PATIENCE_S)
         for pid in others:
-            gone(int(pid))
+            work.gone(int(pid))
     assert not os.path.exists(path)
     assert parent.returncode == (-signal.SIGKILL if end == "kill" else 0)

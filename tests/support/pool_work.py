@@ -9,7 +9,8 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -108,6 +109,13 @@ def block_on(connection: Connection) -> str:
     """Say that it has begun, and end when it is told to."""
     connection.send(os.getpid())
     return str(connection.recv())
+
+
+def write_when_told(connection: Connection, fifo: str, marker: str) -> None:
+    """Say that it has begun, and write a file once it is told to by somebody who opens a fifo."""
+    connection.send(os.getpid())
+    Path(fifo).read_bytes()
+    Path(marker).touch()
 
 
 def tell_and_wait(connection: Connection, *_kept: Any) -> None:
@@ -221,3 +229,13 @@ class Stale:
 
     def __reduce__(self) -> Any:
         return pickle.loads, (self.message,)
+
+
+def gone(pid: int) -> None:
+    """Return once that process is dead."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    assert wait([fd], PATIENCE_S)
+    os.close(fd)

@@ -32,7 +32,7 @@ PYTHON_FLOORS = (
     ("heap",),
     ("cache", "payload", "plugins", "plugins/numpy", "plugins/_numpy", "testing", "progress"),
     ("forking", "tally", "wires"),
-    ("dispatch",),
+    ("dispatch", "lifeline"),
     ("pool", "executor"),
     ("plugins/joblib",),
     (FACE,),

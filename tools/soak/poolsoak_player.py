@@ -39,6 +39,7 @@ from poolsoak_values import Stale, Unsendable, Values, digest, value_of
 from soak_proc import is_coordinator
 
 import shmheap
+from shmheap import lifeline
 from shmheap._core import Observer
 
 HUNG_S = 60.0
@@ -116,8 +117,8 @@ class Round:
 
     Args:
         seed: of everything in it.
-        killed: whether this process is to be killed. Then it has no executor, whose forked workers
-            outlive it, and no coordinator is killed: if all die together, the heap's file stays.
+        killed: whether this process is to be killed. Then no coordinator is killed: if all die
+            together, the heap's file stays.
         say: takes what is to be told.
     """
 
@@ -125,7 +126,7 @@ class Round:
         self.tally: Counter[str] = Counter()
         self._random = choose = random.Random(seed)
         self._say = say
-        self._is_executor = choose.random() < 0.3 and not killed
+        self._is_executor = choose.random() < 0.3
         self._method = choose.choice(METHODS)
         self._small = choose.random() < 0.15
         self._strict = choose.random() < 0.3
@@ -539,6 +540,7 @@ def play(
     with suppress(ImportError):  # now: a child must not be forked while another thread imports it
         importlib.import_module("pandas")
     forkserver.ensure_running()
+    lifeline.reading_end()  # once for all executors
     resource_tracker.ensure_running()
     for number in rounds:
         if until_s is not None and time.monotonic() > until_s:
