@@ -233,7 +233,12 @@ def test_results_are_free_when_they_are_dropped(make: MakePool, heap: Heap) -> N
 def test_a_small_part_of_a_result_does_not_keep_the_rest(pool: Pool, heap: Heap) -> None:
     parts = pool.map(work.first_ten, [N] * 10)
     assert np.sum(parts) == 100
-    assert heap.stats().heap_alloc <= 2 * 8 + 2 * N * 8, "at most what workers have in hand"
+    in_hand = 2 * 8 + 2 * N * 8
+    for _ in range(100):  # NumPy's memory is freed later where a lock was not to be had at once
+        if heap.stats().heap_alloc <= in_hand:
+            break
+        pool.map(work.first_ten, [N] * 2, 1)
+    assert heap.stats().heap_alloc <= in_hand, "at most what workers have in hand"
     del parts
 
 
