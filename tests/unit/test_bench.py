@@ -199,6 +199,11 @@ def test_pool_has_every_part() -> None:
     kinds = {(one["how"], one["tasks"], one["chunks"]) for one in found["small"]}
     assert len(kinds) == len(found["small"]) == 9
     assert {"shmheap, heap arrays", "Pool"} <= found["shared"].keys()
+    assert found["peaks"].keys() == found["transfers"][0]["ms"].keys() - {
+        "memcpy each way",
+        "shmheap, 1 byte",
+    }
+    assert found["peaks"]["shmheap, heap arrays"]["pss_shmem"] > 1
     assert found["left"]["used_bytes"] > found["left"]["held_bytes"]
     assert all(one["us"].keys() == {"heap", "pipe"} for one in found["threshold"])
     assert {name: one["count"] for name, one in found["deaths"].items()} == {

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 from bench_common import (
     MIB,
     Case,
@@ -33,6 +28,7 @@ from bench_common import (
 )
 from bench_memory import look
 from pool_limits import THRESHOLD_SIZES, cpu_clock, measure_deaths, measure_threshold
+from pool_memory import SHARERS, measure_peaks, measure_shared
 from pool_peers import (
     BESIDE,
     COPIED,
@@ -51,14 +47,9 @@ from pool_peers import (
 from rich.table import Table
 
 import shmheap
-from shmheap import rss
 
 WORKERS = 2
-SHARERS = 8
-"""Workers that use one array at the same time."""
-
 SIZES = (1, MIB, 16 * MIB, 256 * MIB)
-PATIENCE_S = 120.0
 LEAST_ROUNDS = 5
 MEMCPY = "memcpy each way"
 SMALL = "shmheap, 1 byte"
@@ -104,6 +95,7 @@ class Pool:
         transfers = measure_transfers(found, sizes, rounds=3 if quick else 21)
         small = measure_small(rounds=3 if quick else 41)
         shared = measure_shared(found, sizes[-1])
+        peaks = measure_peaks(found, sizes[-1], WORKERS, seconds=0.2 if quick else 4)
         left = measure_left(sizes[-1])
         threshold = measure_threshold(THRESHOLD_SIZES[:: 3 if quick else 1], 3 if quick else 41)
         deaths = measure_deaths(2 if quick else 50)
@@ -113,6 +105,7 @@ class Pool:
             "transfers": transfers,
             "small": small,
             "shared": shared,
+            "peaks": peaks,
             "left": left,
             "threshold": threshold,
             "deaths": deaths,
@@ -125,7 +118,7 @@ class Pool:
             console().print(f"not installed: {', '.join(result['left_out'])}")
         console().print(_transfer_table(result["transfers"]))
         console().print(_small_table(result["small"]))
-        console().print(_shared_table(result["shared"]))
+        console().print(_memory_table(result["shared"], result["peaks"]))
         console().print(_threshold_table(result["threshold"]))
         show_rows(result["rows"])
 
@@ -317,61 +310,6 @@ def _clocks(pool: Any) -> dict[str, Callable[[], int]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What one array takes that many workers use
-
-
-def measure_shared(candidates: dict[str, Candidate], nbytes: int) -> dict[str, Result]:
-    """Memory of all processes while every worker has read an array, each candidate alone."""
-    array = np.full(nbytes, 7, np.uint8)
-    found = {}
-    for name, start in progress(list(candidates.items()), "one array for all"):
-        with start(SHARERS) as workers:
-            if workers.on_each:
-                before = _memory(workers.servants)
-                with _all_holding(workers, array):
-                    held = _memory(workers.servants)
-                found[name] = {what: (held[what] - before[what]) / nbytes for what in held}
-    return found
-
-
-@contextmanager
-def _all_holding(workers: Workers, array: Array) -> Iterator[None]:
-    """Every worker has read the array, and keeps it until the end of this context."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(1) as thread,
-        open(Path(folder, "gate"), "w") as gate,
-    ):
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        task = thread.submit(workers.on_each, partial(_read_and_wait, folder), array)
-        try:
-            deadline = time.monotonic() + PATIENCE_S
-            while len(os.listdir(folder)) <= SHARERS and not task.done():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not {SHARERS} workers at the same time")
-                time.sleep(0.001)
-            yield
-        finally:
-            fcntl.flock(gate, fcntl.LOCK_UN)
-            task.result()
-
-
-def _read_and_wait(folder: str, array: Array) -> None:
-    array[:: rss.PAGE_BYTES].max()
-    Path(folder, str(os.getpid())).touch()
-    with open(Path(folder, "gate")) as gate:
-        fcntl.flock(gate, fcntl.LOCK_SH)
-
-
-def _memory(others: Sequence[int]) -> Result:
-    """Proportional sets of this process, of all that it started, and of others, bytes."""
-    own = psutil.Process()
-    pids = [own.pid, *(child.pid for child in own.children(recursive=True)), *others]
-    found = [rss.process_memory(pid) for pid in pids]
-    return {"pss": sum(one.pss for one in found), "pss_shmem": sum(one.pss_shmem for one in found)}
-
-
-# --------------------------------------------------------------------------------------------------
 # What is left
 
 
@@ -417,12 +355,13 @@ def _kind(one: Result) -> str:
     return f"{one['tasks']}, {one['chunks']}, {one['how']}"
 
 
-def _shared_table(shared: dict[str, Result]) -> Table:
-    table = Table("times its size", title=f"memory for one array that {SHARERS} workers use")
-    for name in ("all (PSS)", "shared (PSS)"):
+def _memory_table(shared: dict[str, Result], peaks: dict[str, Result]) -> Table:
+    table = Table("times an array's size", title="memory of all processes (PSS), and shared of it")
+    for name in (f"{SHARERS} workers use one", "of it shared", "there and back, peak", "shared"):
         table.add_column(name, justify="right")
-    for name, one in shared.items():
-        table.add_row(name, f"{one['pss']:.3f}", f"{one['pss_shmem']:.3f}")
+    for name, peak in peaks.items():
+        found = [*shared.get(name, {}).values()] or [float("nan")] * 2
+        table.add_row(name, *(f"{times:.2f}" for times in (*found, *peak.values())))
     return table
 
 
