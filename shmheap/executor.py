@@ -78,6 +78,7 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         _tallies[id(self._tally)] = self._tally
         self._terms = _Terms(packer, allocator, initializer, initargs, id(self._tally))
         self._own = heap is None
+        self._undone: set[Future[Any]] = set()
         super().__init__(
             max_workers, mp_context, _start, (self._terms,), max_tasks_per_child=max_tasks_per_child
         )
@@ -98,6 +99,8 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
         call = _Call(self._terms, self._tally, (fn, args, kwargs))
         future: Future[T] = super().submit(_run, call)  # type: ignore[arg-type]
         future.add_done_callback(call.end)
+        self._undone.add(future)
+        future.add_done_callback(self._undone.discard)
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -107,7 +110,10 @@ class ProcessPoolExecutor(concurrent.futures.ProcessPoolExecutor):
             wait: Return only then.
             cancel_futures: Cancel what has not begun.
         """
-        super().shutdown(wait, cancel_futures=cancel_futures)
+        if cancel_futures:  # the standard library's waits for ever if a call then fails to pickle
+            for future in list(self._undone):
+                future.cancel()
+        super().shutdown(wait)
         if wait:
             self._terms.initargs.release()
         if self._own and wait and self._terms.packer is not None:

@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -333,6 +334,31 @@ def test_bad_arguments_leave_no_heap(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     assert made
     assert not any(map(os.path.exists, made))
+
+
+@ours
+def test_shutdown_while_a_call_fails_to_pickle(make: Make) -> None:
+    """With the standard library's own, up to 3.13 at least, shutdown then waits for ever."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Unpicklable:
+        def __reduce__(self) -> str:
+            begun.set()
+            go_on.wait(work.PATIENCE_S)
+            raise LookupError
+
+    executor = make(1)
+    failing = executor.submit(work.same, Unpicklable())
+    begun.wait(work.PATIENCE_S)
+    waiting = [executor.submit(work.same, n) for n in range(5)]
+    end = threading.Thread(target=executor.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+    end.start()
+    while not waiting[-1].cancelled():
+        assert end.is_alive()
+    go_on.set()
+    assert isinstance(failing.exception(work.PATIENCE_S), LookupError)
+    end.join(work.PATIENCE_S)
+    assert not end.is_alive()
 
 
 PARENT = """
