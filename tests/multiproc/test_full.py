@@ -488,6 +488,8 @@ with shmheap.Heap.create(name, capacity="1GiB") as heap:
             blocks.append(heap.alloc(nbytes))
             for at in range(0, nbytes, 4096):
                 blocks[-1][at] = 120
+            if len(blocks) % 20_000 == 0:  # handles take memory, which the coordinator has to see
+                heap.scavenge()
     except shmheap.HeapFull as error:
         full = error
     whole = all(block[at] == 120 for block in blocks for at in range(0, nbytes, 4096))
