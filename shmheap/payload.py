@@ -65,9 +65,8 @@ __all__ = [
 ]
 
 MIN_BYTES = 32768
-"""Buffers from this size on are better off in the heap: for fewer bytes two copies through a pipe
-cost no more than a block, a lease and two pins. Measured by `tools/bench.py pool`, which has a
-table of it in docs/reference/bench.md."""
+"""From this size on a block, a lease and two pins cost less than two copies through a pipe, in each
+run of `tools/bench.py pool`; below 16 KiB runs disagree. Its table: docs/reference/bench.md."""
 
 EXTRA: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
 """Reducers that multiprocessing and its users have registered."""
