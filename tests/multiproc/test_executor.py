@@ -10,8 +10,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -387,13 +385,7 @@ def test_workers_end_when_their_parent_is_killed(method: str, tmp_path: Path) ->
     script, fifo, marker = (tmp_path / name for name in ("parent.py", "fifo", "marker"))
     script.write_text(PARENT)
     os.mkfifo(fifo)
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore::DeprecationWarning", script, method, fifo, marker],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(work.__file__)},
-    ) as parent:
+    with work.parent(script, method, fifo, marker) as parent:
         assert parent.stdout is not None
         path, busy, idle, coordinator = parent.stdout.readline().split()
         parent.kill()

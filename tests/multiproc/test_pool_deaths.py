@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -308,13 +307,7 @@ if __name__ == "__main__":
 def test_the_parent_ends(method: str, end: str, tmp_path: Any) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
-    with subprocess.Popen(
-        [sys.executable, script, method, end],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(work.__file__)},
-    ) as parent:
+    with work.parent(script, method, end) as parent:
         assert parent.stdout is not None
         path, *others = parent.stdout.readline().split()
         assert parent.stdout.readline() == "idle\n"

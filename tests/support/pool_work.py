@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -239,3 +240,14 @@ def gone(pid: int) -> None:
         return
     assert wait([fd], PATIENCE_S)
     os.close(fd)
+
+
+def parent(script: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start a script that has workers, and talks by its stdin and stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+    )

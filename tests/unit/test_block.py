@@ -10,7 +10,7 @@ import pickle
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,6 @@ HEADER = (ROOT / "shmheap" / "csrc" / "size_classes.h").read_text()
 CLASS_SIZES = [int(size) for size in re.findall(r"^    \{ *(\d+),", HEADER, re.MULTILINE)]
 EDGES = sorted({1, *(size + step for size in CLASS_SIZES for step in (-1, 0, 1))})
 LARGE = [PAGE * 8 + 1, 9 * PAGE - 1, 9 * PAGE, 9 * PAGE + 1, 100_000, 1 << 20, (1 << 20) + 1]
-
-
-@pytest.fixture
-def hand(heap_name: str) -> Iterator[HeapByHand]:
-    with HeapByHand(heap_name) as hand:
-        yield hand
-        gc.collect()
-        hand.assert_sound()
 
 
 @pytest.fixture

@@ -35,14 +35,6 @@ class Unreadable:
 
 
 @pytest.fixture
-def hand(heap_name: str) -> Iterator[HeapByHand]:
-    with HeapByHand(heap_name) as hand:
-        yield hand
-        gc.collect()
-        hand.assert_sound()
-
-
-@pytest.fixture
 def heap(hand: HeapByHand) -> Heap:
     return hand.heap
 

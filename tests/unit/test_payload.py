@@ -19,12 +19,10 @@ from shmheap.payload import MIN_BYTES, Counts, Packer, discard, unpack
 
 
 @pytest.fixture
-def hand(heap_name: str) -> Iterator[HeapByHand]:
-    with HeapByHand(heap_name) as hand:
-        yield hand
-        gc.collect()
-        hand.assert_sound()
-        assert (hand.stats.heap_objects, hand.stats.leases) == (0, 0), "all of it is gone"
+def hand(hand: HeapByHand) -> Iterator[HeapByHand]:
+    yield hand
+    gc.collect()
+    assert (hand.stats.heap_objects, hand.stats.leases) == (0, 0), "all of it is gone"
 
 
 @pytest.fixture

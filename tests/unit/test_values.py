@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import enum
-import gc
 import math
 import os
 import pickle
@@ -46,14 +45,6 @@ class Text(str):
 Pair = namedtuple("Pair", "a b")
 
 EAST = dt.timezone(dt.timedelta(hours=5, minutes=30))
-
-
-@pytest.fixture
-def hand(heap_name: str) -> Iterator[HeapByHand]:
-    with HeapByHand(heap_name) as hand:
-        yield hand
-        gc.collect()
-        hand.assert_sound()
 
 
 @pytest.fixture

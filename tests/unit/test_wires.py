@@ -18,12 +18,10 @@ from shmheap.wires import DEPTH, HEAD, PACKET_BYTES, Channel, Line, Task, head_o
 
 
 @pytest.fixture
-def hand(heap_name: str) -> Iterator[HeapByHand]:
-    with HeapByHand(heap_name) as hand:
-        yield hand
-        gc.collect()
-        hand.assert_sound()
-        assert (hand.stats.heap_objects, hand.stats.leases) == (0, 0)
+def hand(hand: HeapByHand) -> Iterator[HeapByHand]:
+    yield hand
+    gc.collect()
+    assert (hand.stats.heap_objects, hand.stats.leases) == (0, 0)
 
 
 @pytest.fixture
